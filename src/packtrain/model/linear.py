@@ -1,0 +1,105 @@
+"""A linear layer that may be several of Hugging Face's in one, with a declared slot for adapters.
+
+`qkv_proj` and `gate_up_proj` are one parameter each in memory, so that one product serves them; on disk and to
+adapters they are still q_proj, k_proj, v_proj, gate_proj and up_proj. `parts` says which rows are whose:
+everything that needs Hugging Face's names (reading, saving, adapter targets) asks `layout` or `linear_parts`
+and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Part(NamedTuple):
+    """Rows [start, stop) of a fused layer, under the last word of Hugging Face's name for them."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Piece(NamedTuple):
+    """Rows [start, stop) of one of our parameters hold the whole Hugging Face tensor `name`."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Adapter(Protocol):
+    """What fills a part's slot: sees the layer's input and the part's output, returns the part's new output."""
+
+    def __call__(self, x: Tensor, y: Tensor, keys: Tensor) -> Tensor: ...
+
+
+class Linear(nn.Module):
+    """y = x W^T + b over fused parts. W is [sum of the parts' rows, in_features], Hugging Face's orientation."""
+
+    def __init__(
+        self,
+        in_features: int,
+        parts: Sequence[tuple[str, int]],
+        bias: bool,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        edges = [0]
+        for _, rows in parts:
+            edges.append(edges[-1] + rows)
+        self.parts = tuple(Part(name, a, b) for (name, _), a, b in zip(parts, edges[:-1], edges[1:], strict=True))
+        self.out_features = edges[-1]
+        self.weight = nn.Parameter(torch.empty(self.out_features, in_features, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None
+        self.adapters = nn.ModuleDict()
+
+    def forward(self, x: Tensor, keys: Tensor) -> Tensor:
+        """x [T, in_features], keys int64 [T] (the batch's) -> [T, out_features]."""
+        y = F.linear(x, self.weight, self.bias)
+        if not self.adapters:
+            return y
+        return torch.cat([self._adapted(part, x, y[:, part.start : part.stop], keys) for part in self.parts], dim=1)
+
+    def _adapted(self, part: Part, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        if part.name not in self.adapters:
+            return y
+        return cast(Adapter, self.adapters[part.name])(x, y, keys)
+
+
+def linear_parts(model: nn.Module) -> Iterator[tuple[str, Linear, Part]]:
+    """Every linear layer under Hugging Face's module name, e.g. ("model.layers.0.self_attn.q_proj", layer, part)."""
+    for path, module in model.named_modules():
+        if isinstance(module, Linear):
+            parent = path.rpartition(".")[0]
+            for part in module.parts:
+                yield (f"{parent}.{part.name}" if parent else part.name), module, part
+
+
+def layout(model: nn.Module) -> dict[str, tuple[Piece, ...]]:
+    """Our name of each base parameter -> the Hugging Face tensors that tile its rows. Adapters are not in it.
+
+    A tied parameter appears once, under its first name.
+    """
+    table: dict[str, tuple[Piece, ...]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            if ".adapters." in full:
+                continue
+            if isinstance(module, Linear):
+                parent = path.rpartition(".")[0]
+                stem = f"{parent}." if parent else ""
+                table[full] = tuple(Piece(f"{stem}{p.name}.{name}", p.start, p.stop) for p in module.parts)
+            else:
+                table[full] = (Piece(full, 0, parameter.shape[0]),)
+    first = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    canonical = set(first.values())
+    return {name: pieces for name, pieces in table.items() if name in canonical}
