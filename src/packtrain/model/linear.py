@@ -41,6 +41,9 @@ class Adapter(Protocol):
 class Linear(nn.Module):
     """y = x W^T + b over fused parts. W is [sum of the parts' rows, in_features], Hugging Face's orientation."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -51,27 +54,53 @@ class Linear(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
+        self._describe(in_features, parts)
+        self.weight = nn.Parameter(torch.empty(self.out_features, in_features, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None
+
+    def _describe(self, in_features: int, parts: Sequence[tuple[str, int]]) -> None:
         self.in_features = in_features
         edges = [0]
         for _, rows in parts:
             edges.append(edges[-1] + rows)
         self.parts = tuple(Part(name, a, b) for (name, _), a, b in zip(parts, edges[:-1], edges[1:], strict=True))
         self.out_features = edges[-1]
-        self.weight = nn.Parameter(torch.empty(self.out_features, in_features, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device)) if bias else None
         self.adapters = nn.ModuleDict()
 
     def forward(self, x: Tensor, keys: Tensor) -> Tensor:
         """x [T, in_features], keys int64 [T] (the batch's) -> [T, out_features]."""
-        y = F.linear(x, self.weight, self.bias)
-        if not self.adapters:
-            return y
-        return torch.cat([self._adapted(part, x, y[:, part.start : part.stop], keys) for part in self.parts], dim=1)
+        outputs = self.split(x, keys)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def split(self, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+        """The same, a tensor [T, rows] for each part: views of one product where there is no adapter."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # a bias that trains may be fp32
+        y = F.linear(x, self.weight, bias)
+        outputs = torch.split(y, [part.stop - part.start for part in self.parts], dim=1)
+        return tuple(self._adapted(part, x, output, keys) for part, output in zip(self.parts, outputs, strict=True))
 
     def _adapted(self, part: Part, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         if part.name not in self.adapters:
             return y
         return cast(Adapter, self.adapters[part.name])(x, y, keys)
+
+
+class TiedLinear(Linear):
+    """A linear layer over an embedding's weight, without a parameter of its own.
+
+    It reads the embedding's at every use, so moving, sharding or replacing that one cannot part the two.
+    """
+
+    def __init__(self, name: str, embedding: nn.Embedding) -> None:
+        nn.Module.__init__(self)
+        self._describe(embedding.embedding_dim, [(name, embedding.num_embeddings)])
+        self._embedding = (embedding,)  # in a tuple: not a child of this module
+        self.bias = None
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        """The embedding's, [rows, in_features]."""
+        return cast(nn.Parameter, self._embedding[0].weight)
 
 
 def linear_parts(model: nn.Module) -> Iterator[tuple[str, Linear, Part]]:

@@ -1,0 +1,155 @@
+"""What this version does with each setting: obeys it, needs it no more, or does not know it yet.
+
+LATER          what is not built yet; a row goes when its work lands
+RESTATES       what always happens: accepted, does nothing, and why
+not_yet(cfg)   sentences that refuse what is in LATER
+remarks(cfg)   sentences on what somebody set and what has no effect
+status(dotted) obeyed, restates or later, for tests/golden/flags.txt and --help
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from packtrain.configs.run import FIELDS, SWITCHES, RunConfig, activation
+from packtrain.configs.values import choices, shown
+
+
+class Later(NamedTuple):
+    """Something that is not built yet, and the settings that ask for it."""
+
+    what: str
+
+    fields: tuple[str, ...]
+    """The first is the one that turns it on."""
+
+    values: tuple[str, ...] = ()
+    """Those that ask for it; () means all but the default."""
+
+
+LATER = (
+    Later("LLaMA-Adapter", ("train_config.peft_method",), ("llama_adapter",)),
+    Later("prefix tuning", ("train_config.peft_method",), ("prefix",)),
+    Later("training biases", ("lora_config.bias",)),
+    Later("a quantised base", ("train_config.quantization",)),
+    Later("fp16 with gradient scaling", ("train_config.use_fp16", "fsdp_config.use_fp16")),
+    Later("AnyPrecision AdamW", ("fsdp_config.optimizer",), ("anyprecision",)),
+    Later("8-bit AdamW", ("fsdp_config.optimizer",), ("adamw8bit",)),
+    Later("the Kahan sum of AnyPrecision AdamW", ("fsdp_config.use_kahan",)),
+    Later("offloading to host memory", ("fsdp_config.fsdp_cpu_offload",)),
+    Later("the gathered checkpoint", ("fsdp_config.checkpoint_type",), ("FULL_STATE_DICT",)),
+    Later("freezing layers", ("train_config.freeze_layers", "train_config.num_freeze_layers")),
+    Later("a forced attention kernel", ("train_config.attention",), ("flash", "flex", "eager")),
+    Later("selective recomputation", ("train_config.activation_checkpointing",), ("selective",)),
+    Later("forcing bit-exact kernels", ("train_config.deterministic",)),
+    Later("resumable checkpoints", ("train_config.save_steps", "train_config.save_optimizer")),
+    Later("a set time for the last checkpoint", ("train_config.grace_seconds",)),
+    Later("the FLOP counter", ("train_config.flop_counter", "train_config.flop_counter_start")),
+    Later("the profiler", ("train_config.use_profiler", "train_config.profiler_dir")),
+    Later("llama-recipes' metrics file", ("train_config.save_metrics",)),
+    Later("Weights & Biases", ("train_config.use_wandb",)),
+    Later("the toxicchat data set", ("train_config.dataset",), ("llamaguard_toxicchat_dataset",)),
+)
+
+_ONE_TASK = "packtrain trains text generation, and says so in what it saves"
+RESTATES = {
+    "train_config.low_cpu_fsdp": "weights are always streamed into each worker's shard; no worker holds a whole model",
+    "train_config.one_gpu": "the number of workers decides how many GPUs are used",
+    "train_config.use_fast_kernels": "the fastest kernels that the hardware has are always chosen",
+    "lora_config.inference_mode": "a run trains",
+    "lora_config.task_type": _ONE_TASK,
+    "llama_adapter_config.task_type": _ONE_TASK,
+    "prefix_config.task_type": _ONE_TASK,
+}
+
+VISION = ("train_config.freeze_LLM_only",)
+"""Of llama-recipes' vision models: refused, since there are none here."""
+
+NEEDS: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...] = (
+    (
+        ("train_config.gradient_clipping_threshold",),
+        lambda cfg: cfg.train_config.gradient_clipping,
+        "without --gradient_clipping",
+    ),
+    (("train_config.gamma",), lambda cfg: cfg.train_config.lr_scheduler == "gamma", "without --lr_scheduler gamma"),
+    (
+        tuple(f"train_config.{name}" for name in ("eval_steps", "eval_first", "max_eval_step", "val_batch_size")),
+        lambda cfg: cfg.train_config.run_validation,
+        "without --run_validation",
+    ),
+    (
+        ("train_config.dist_checkpoint_folder",),
+        lambda cfg: cfg.train_config.dist_checkpoint_root_folder is not None,
+        "without --dist_checkpoint_root_folder",
+    ),
+    (
+        ("train_config.dist_checkpoint_root_folder",),
+        lambda cfg: cfg.train_config.output_dir is None,
+        "beside --output_dir, where results go",
+    ),
+)
+"""Settings that count under a condition only: (fields, the condition, what to say where it does not hold)."""
+
+
+def not_yet(cfg: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(fields, sentence) of everything that is asked for and not built yet."""
+    for row in LATER:
+        asked = [name for name in row.fields if _asks(row, cfg.get(name), FIELDS[name].default)]
+        if asked:
+            places = ", ".join(dict.fromkeys(cfg.place(name) for name in asked))
+            value = shown(cfg.get(asked[0]))
+            yield (
+                tuple(asked),
+                f"{places}: {row.what} comes with a later version (found {value}); leave it out until then",
+            )
+
+
+def remarks(cfg: RunConfig) -> list[str]:
+    """What somebody set and what changes nothing, with the reason, a sentence each."""
+    said = []
+    for dotted in filter(lambda name: _on_purpose(cfg, name), FIELDS):
+        section = FIELDS[dotted].section
+        if not cfg.active(section):
+            said.append(f"{cfg.place(dotted)}: has no effect without {activation(section)}")
+        elif dotted in RESTATES:
+            said.append(f"{cfg.place(dotted)}: accepted, does nothing: {RESTATES[dotted]}")
+        said += [
+            f"{cfg.place(dotted)}: has no effect {condition}"
+            for names, holds, condition in NEEDS
+            if dotted in names and not holds(cfg)
+        ]
+    train = cfg.train_config
+    if 0 < train.max_train_step <= train.warmup_steps:
+        warmup, limit = cfg.place("train_config.warmup_steps"), cfg.place("train_config.max_train_step")
+        said.append(f"{warmup}: {train.warmup_steps} steps, so lr is still rising when {limit} ends the run")
+    return said
+
+
+def status(dotted: str) -> str:
+    """What this version does with a setting, in a word; `obeyed (later: X)` if some of its values wait."""
+    if dotted in RESTATES or dotted in VISION:
+        return "restates" if dotted in RESTATES else "refused"
+    spec = FIELDS[dotted]
+    switches = SWITCHES.get(spec.section, {}).items()
+    if _waits(dotted, None) or any(
+        _waits(f"train_config.{name}", value) for name, values in switches for value in values
+    ):
+        return "later"
+    waiting = [value for value in choices(spec.kind) if _waits(dotted, value)]
+    return f"obeyed (later: {', '.join(waiting)})" if waiting else "obeyed"
+
+
+def _asks(row: Later, value: Any, default: Any) -> bool:
+    return value in row.values if row.values else bool(value != default)
+
+
+def _waits(dotted: str, value: Any) -> bool:
+    """Whether LATER has this value of a field; None asks for all of them."""
+    return any(dotted in row.fields and (not row.values or value in row.values) for row in LATER)
+
+
+def _on_purpose(cfg: RunConfig, dotted: str) -> bool:
+    """Set by a flag, or in a file to something else than the default: a file may just list everything."""
+    origin = cfg.origin.get(dotted, "default")
+    return origin == "flag" or (origin == "file" and cfg.get(dotted) != FIELDS[dotted].default)

@@ -1,0 +1,262 @@
+"""Where a process stands among the ranks, and how ranks speak beside the collectives.
+
+    open_place      rank, device and store, found from the launcher's environment; closes all of it
+    Place.join      forms the process group: before it ranks speak through the store alone, after it collectives work
+    Place.tell, wait_for, agree     small JSON messages, waited for however long the other rank works
+    Place.report, first_cause       the first error of a run is told once; its echoes on other ranks are not
+
+Three launchers are understood: `start_workers` (launch.py), torchrun's env://, and none at all: one rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _abort_process_group
+from torch.distributed.rendezvous import rendezvous
+
+from packtrain.errors import EXIT_FAULT, Fault, PacktrainError, Stopped, UserError
+
+STORE = "PACKTRAIN_STORE"
+ATTEMPT = "PACKTRAIN_ATTEMPT"
+PARENT = "PACKTRAIN_PARENT"
+"""What `start_workers` tells its workers: host:port of its store, the number of this try, its own process id."""
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+T = TypeVar("T")
+
+CAUSE = "first_cause"
+ECHO_SECONDS = 2.0
+"""How long a rank whose peer went away waits for that peer, or the launcher, to say why."""
+
+_ECHOES = ("gloo", "nccl", "connection closed", "connection reset", "connection refused", "broken pipe")
+_PR_SET_PDEATHSIG = 1
+
+
+class Cause(NamedTuple):
+    """The first error of a run: whose, in words, and the exit code it means."""
+
+    rank: int
+    text: str
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """One process among `world_size`; `machine` counts from 0, `device` is this rank's own."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    machine: int
+    device: torch.device
+    store: Store
+
+    @property
+    def leads_machine(self) -> bool:
+        """Whether this rank does what is done once a machine (downloads, files of its own disk)."""
+        return self.local_rank == 0
+
+    @property
+    def backend(self) -> str:
+        """Collectives on host tensors go through gloo, those on GPU tensors through NCCL."""
+        return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """All ranks; there is none before `join`."""
+        group = dist.group.WORLD
+        if group is None:
+            raise Fault("a collective was asked for before the ranks joined: call Place.join first")
+        return group
+
+    def join(self, timeout: timedelta = timedelta(minutes=10)) -> None:
+        """Form the group of all ranks. `timeout` ends a collective that some rank never reaches."""
+        # A bound device makes NCCL connect at once. One rank never needs NCCL, so it is left to connect on first use.
+        bound = self.device if self.device.type == "cuda" and self.world_size > 1 else None
+        dist.init_process_group(
+            self.backend,
+            store=PrefixStore("group", self.store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timeout,
+            device_id=bound,
+        )
+
+    def tell(self, key: str, value: Any) -> None:
+        """Leave a JSON value for any rank that waits for `key`; a key is used once a run."""
+        self.store.set(f"told/{key}", json.dumps(value))
+
+    def wait_for(self, key: str, timeout: float | None = None) -> Any:
+        """What some rank told under `key`. Waits as long as the teller works, `timeout` seconds at most if given.
+
+        Raises Fault when a rank has failed meanwhile, or the time is over.
+        """
+        began = time.monotonic()
+        while not self.store.check([f"told/{key}"]):
+            cause = first_report(self.store)
+            if cause is not None:
+                raise Fault(f"rank {cause.rank} failed: {cause.text}")
+            if timeout is not None and time.monotonic() - began > timeout:
+                raise Fault(f"rank {self.rank} waited {timeout:.0f} s for {key!r}, which no rank has told")
+            time.sleep(0.02 if time.monotonic() - began < 1 else 0.2)
+        return json.loads(self.store.get(f"told/{key}"))
+
+    def agree(self, name: str, decide: Callable[[], T], *, each_machine: bool = False) -> T:
+        """What `decide` returned on rank 0, as JSON, on every rank; its UserError is every rank's too.
+
+        With `each_machine` the first rank of each machine decides for that machine. `name` is used once a run.
+        """
+        key = f"{name}/{self.machine}" if each_machine else name
+        if self.leads_machine if each_machine else self.rank == 0:
+            try:
+                self.tell(key, {"value": decide()})
+            except UserError as error:
+                self.tell(key, {"problems": error.problems})
+        answer = self.wait_for(key)
+        if "problems" in answer:
+            raise UserError(answer["problems"])
+        value: T = answer["value"]
+        return value
+
+    def report(self, error: BaseException) -> bool:
+        """Say that this rank fails of `error`; True if that is the run's first cause, so this rank's to print."""
+        if self.first_cause(error) is None:
+            code = error.exit_code if isinstance(error, PacktrainError) else EXIT_FAULT
+            report_first(self.store, self.rank, describe(error), code)
+        cause = first_report(self.store)
+        return cause is None or cause.rank == self.rank
+
+    def first_cause(self, error: BaseException | None = None) -> str | None:
+        """The first error that any rank reported; None if none did. For an echo it gives the culprit time to report."""
+        until = time.monotonic() + (ECHO_SECONDS if error is not None and is_echo(error) else 0)
+        while (cause := first_report(self.store)) is None and time.monotonic() < until:
+            time.sleep(0.05)
+        return None if cause is None else cause.text
+
+
+def describe(error: BaseException) -> str:
+    """An error in a line or a few: our own are sentences already."""
+    return str(error) if isinstance(error, PacktrainError) else f"{type(error).__name__}: {error}"
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an error only says that another rank, or the way to it, is gone."""
+    if isinstance(error, dist.DistError | ConnectionError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _ECHOES)
+
+
+def report_first(store: Store, rank: int, text: str, exit_code: int = EXIT_FAULT) -> bool:
+    """Record a run's first error; True if nobody had, False if another rank's stands (it is kept)."""
+    mine = json.dumps([rank, text, exit_code])
+    try:
+        return bool(store.compare_set(CAUSE, "", mine) == mine.encode())
+    except (dist.DistError, RuntimeError):  # the store's host is gone: nobody can know better
+        return True
+
+
+def first_report(store: Store) -> Cause | None:
+    """The first error that a rank recorded, if one did and the store can still be asked."""
+    try:
+        return Cause(*json.loads(store.get(CAUSE))) if store.check([CAUSE]) else None
+    except (dist.DistError, RuntimeError):
+        return None
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or something that sets the same environment, started this process."""
+    return all(name in os.environ for name in TORCHRUN)
+
+
+def follow_parent() -> None:
+    """End with the launcher: a worker whose `start_workers` was killed gets SIGKILL from the kernel (Linux)."""
+    parent = os.environ.get(PARENT)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(parent):  # it died before the kernel was asked
+        os._exit(EXIT_FAULT)
+
+
+@contextmanager
+def open_place(device: str = "auto") -> Iterator[Place]:
+    """This process's place, its store connected and no group formed yet. `device` is auto, cpu or cuda.
+
+    Raises UserError if the device is not there. At the end the process group is closed, or aborted after an error:
+    an orderly close can wait for ever on a rank that is gone.
+    """
+    follow_parent()
+    told = os.environ if launched() else {}  # else RANK and its like may be anyone's
+    rank, world_size = int(told.get("RANK", "0")), int(told.get("WORLD_SIZE", "1"))
+    local_rank, local_world_size = int(told.get("LOCAL_RANK", "0")), int(told.get("LOCAL_WORLD_SIZE", "1"))
+    place = Place(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        machine=int(told.get("GROUP_RANK", rank // local_world_size)),
+        device=_device(device, local_rank),
+        store=_connect(rank, world_size),
+    )
+    try:
+        yield place
+    except Stopped:
+        raise
+    except BaseException:
+        if dist.is_initialized():
+            _abort_process_group()
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def launched() -> bool:
+    """Whether this process is one of a launcher's workers."""
+    return STORE in os.environ or under_torchrun()
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    count = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and count == 0):
+        return torch.device("cpu")
+    if count <= local_rank:
+        raise UserError(
+            f"worker {local_rank} of this machine needs GPU {local_rank}, but torch sees {count} GPUs here; "
+            "start at most one worker a GPU (--nproc_per_node), or look at CUDA_VISIBLE_DEVICES and the driver"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _connect(rank: int, world_size: int) -> Store:
+    """The store, under a prefix of this try alone: a restarted rank must not read what its dead peer left."""
+    if STORE in os.environ:
+        host, port = os.environ[STORE].rsplit(":", 1)
+        return PrefixStore(attempt_prefix(os.environ[ATTEMPT]), TCPStore(host, int(port), is_master=False))
+    if under_torchrun():
+        store, _, _ = next(rendezvous("env://", rank, world_size))
+        return PrefixStore(attempt_prefix(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), store)
+    return HashStore()
+
+
+def attempt_prefix(attempt: str) -> str:
+    """Where in the store one try of a run keeps its keys."""
+    return f"packtrain/attempt_{attempt}"

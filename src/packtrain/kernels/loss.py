@@ -1,0 +1,117 @@
+"""The head and its cross-entropy as one operation that never holds all logits.
+
+    linear_cross_entropy(hidden, weight, targets, ...)     sum of the tokens' losses
+
+Rows go through in chunks: logits, log-softmax, loss, and at once the gradients by every input that needs one, so
+that a chunk's logits are gone before the next chunk's are made (the idea of Liger Kernel's fused linear
+cross-entropy). The backward only scales those gradients. Plain torch operations, so it runs on fake tensors too.
+
+Products are in the weight's dtype; softmax, loss and the sums over chunks are fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_LOGITS = 2**26
+"""Logits made at a time, 256 MiB in fp32: rows enough for a GPU's matrix product, little beside a model's weights."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Sum over N tokens of -log softmax(hidden weight^T + bias)[target], 0-dim fp32.
+
+    hidden [N, D], weight [V, D], targets int64 [N] in [0, V), bias [V]. `low_rank` is an adapter's (columns [N, r],
+    B [V, r]), whose product adds to the logits: the same as columns appended to hidden and B to weight, without the
+    copy, and without a gradient of the weight when only B is trained. N = 0 gives 0, and gradients of zeros.
+    """
+    inputs = [None if t is None else t.to(weight.dtype) for t in (bias, hidden, weight, *(low_rank or ()))]
+    if not torch.is_grad_enabled():
+        inputs = [None if t is None else t.detach() for t in inputs]
+    return cast(Tensor, _LinearCrossEntropy.apply(targets, *inputs))  # type: ignore[no-untyped-call]
+
+
+class _Product(NamedTuple):
+    """x weight^T, a term of the logits, and its gradients so far: None where none is needed."""
+
+    x: Tensor
+    weight: Tensor
+    x_gradient: Tensor | None
+    weight_gradient: Tensor | None  # fp32, whatever the weight is
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, x_needed: bool, weight_needed: bool) -> _Product:
+        return cls(
+            x,
+            weight,
+            torch.empty_like(x) if x_needed else None,
+            torch.zeros_like(weight, dtype=torch.float32) if weight_needed else None,
+        )
+
+    def backward(self, rows: slice, gradient: Tensor) -> None:
+        """Take in a chunk's gradient by the logits, [rows, V] in the weight's dtype."""
+        if self.x_gradient is not None:
+            torch.mm(gradient, self.weight, out=self.x_gradient[rows])
+        if self.weight_gradient is not None and gradient.dtype == torch.float32:
+            self.weight_gradient.addmm_(gradient.t(), self.x[rows])
+        elif self.weight_gradient is not None:
+            self.weight_gradient.add_(gradient.t() @ self.x[rows])
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """By x and by the weight, in their dtype."""
+        summed = self.weight_gradient
+        return self.x_gradient, None if summed is None else summed.to(self.weight.dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """(targets, bias, x, weight[, columns, B]) -> loss."""
+
+    @staticmethod
+    def forward(ctx: Any, targets: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        bias_needed, *needed = ctx.needs_input_grad[1:]
+        products = list(map(_Product.of, factors[::2], factors[1::2], needed[::2], needed[1::2]))
+        vocabulary, dtype = factors[1].shape[0], factors[1].dtype
+        bias_gradient = torch.zeros(vocabulary, dtype=torch.float32, device=targets.device) if bias_needed else None
+        loss = torch.zeros((), dtype=torch.float32, device=targets.device)
+        chunk = max(1, CHUNK_LOGITS // vocabulary)
+        for start in range(0, targets.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            target = targets[rows, None]
+            log_p = _log_softmax(products, bias, rows)
+            log_p_target = log_p.gather(1, target)
+            loss -= log_p_target.sum()
+            if any(ctx.needs_input_grad):
+                # By the logits: softmax, less one at the target.
+                gradient = log_p.exp_().scatter_(1, target, log_p_target.expm1())
+                if bias_gradient is not None:
+                    bias_gradient += gradient.sum(0)
+                gradient = gradient.to(dtype)
+                for product in products:
+                    product.backward(rows, gradient)
+        summed = None if bias_gradient is None else bias_gradient.to(dtype)
+        ctx.save_for_backward(summed, *(g for product in products for g in product.gradients()))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors)
+
+
+def _log_softmax(products: list[_Product], bias: Tensor | None, rows: slice) -> Tensor:
+    """fp32 [rows, V]."""
+    logits = torch.mm(products[0].x[rows], products[0].weight.t())
+    for x, weight, *_ in products[1:]:
+        logits.addmm_(x[rows], weight.t())
+    if bias is not None:
+        logits += bias
+    return torch.log_softmax(logits, dim=1, dtype=torch.float32)

@@ -1,0 +1,210 @@
+"""Llama, every text generation of it, on packed rows.
+
+    LlamaForCausalLM(config, dtype=, device=)    the model; called with a Batch it gives the sum of token losses
+    blocks(model)                                the units to shard and to recompute
+    draw(model, seed)                            random weights, each a function of (seed, Hugging Face's name)
+
+Modules are named as Hugging Face names them, except that q, k, v and gate, up are one layer each (model/linear.py).
+Inside, tokens are one axis: T = R * L tokens of a batch's R rows of L. Activations have the dtype the model was made
+with; parameters that train may be fp32, and are cast where they are used.
+
+The model reads no file, asks the device for nothing and keeps no buffers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from packtrain.batch import Batch
+from packtrain.kernels.attention import attention
+from packtrain.kernels.loss import linear_cross_entropy
+from packtrain.model.config import LlamaConfig
+from packtrain.model.linear import Linear, TiedLinear, layout
+from packtrain.model.rope import cos_sin, rotate
+
+__all__ = ["LlamaConfig", "LlamaDecoderLayer", "LlamaForCausalLM", "blocks", "draw"]
+
+Rope = tuple[Tensor, Tensor]
+"""A batch's cosines and sines, [T, 1, head_dim / 2]."""
+
+
+class LlamaForCausalLM(nn.Module):
+    """The whole model. Parameters are made empty: load or `draw` them."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config, dtype, device)
+        self.lm_head: Linear
+        if config.tie_word_embeddings:
+            self.lm_head = TiedLinear("lm_head", self.model.embed_tokens)
+        else:
+            head = [("lm_head", config.vocab_size)]
+            self.lm_head = Linear(config.hidden_size, head, bias=False, dtype=dtype, device=device)
+
+    def forward(self, batch: Batch, logits: bool = False) -> Tensor:
+        """Sum over the labelled tokens of -log p, 0-dim fp32; or, if asked, all logits [R, L, V]."""
+        hidden, keys = self.model(batch), batch.keys.view(-1)
+        if logits:
+            return cast(Tensor, self.lm_head(self.model.norm(hidden), keys)).view(*batch.ids.shape, -1)
+        hidden, keys = hidden.index_select(0, batch.index), keys.index_select(0, batch.index)
+        return self._loss(self.model.norm(hidden), keys, batch.targets)
+
+    def _loss(self, hidden: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
+        """The head is not called: its weight, or what an adapter makes of it, goes into the loss kernel."""
+        weight: Tensor = self.lm_head.weight
+        low_rank = None
+        if "lm_head" in self.lm_head.adapters:
+            adapter: Any = self.lm_head.adapters["lm_head"]
+            if hasattr(adapter, "columns"):
+                low_rank = adapter.columns(hidden, keys), adapter.lora_B
+            else:
+                weight = adapter.weight
+        return linear_cross_entropy(hidden, weight.to(hidden.dtype), targets, low_rank=low_rank)
+
+
+class LlamaModel(nn.Module):
+    """Embedding and decoder layers. `norm` belongs here by name; the head applies it, to the tokens it needs."""
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        rows, width = config.vocab_size, config.hidden_size
+        table = torch.empty(rows, width, dtype=dtype, device=device)
+        self.embed_tokens = nn.Embedding(rows, width, config.padding_row, _weight=table)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, dtype, device) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config, dtype, device)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The residual stream after the last layer, [T, D]."""
+        config = self.config
+        rope = cos_sin(config.rope_parameters, config.head_dim, config.max_position_embeddings, batch, self.dtype)
+        x = self.embed_tokens(batch.ids.view(-1)).to(self.dtype)
+        for layer in self.layers:
+            x = layer(x, rope, batch)
+        return cast(Tensor, x)
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, dtype, device)
+        self.self_attn = LlamaAttention(config, dtype, device)
+        self.post_attention_layernorm = RMSNorm(config, dtype, device)
+        self.mlp = LlamaMLP(config, dtype, device)
+        self.recompute = False
+        """Keep only the layer's input for the backward, and compute the rest again there."""
+
+    def forward(self, x: Tensor, rope: Rope, batch: Batch) -> Tensor:
+        """[T, D] -> [T, D]."""
+        if self.recompute and self.training:
+            # Dropout is a function of the batch's keys, so there is no random state to bring back.
+            again = checkpoint(self._forward, x, rope, batch, use_reentrant=False, preserve_rng_state=False)
+            return cast(Tensor, again)
+        return self._forward(x, rope, batch)
+
+    def _forward(self, x: Tensor, rope: Rope, batch: Batch) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, batch)
+        return x + cast(Tensor, self.mlp(self.post_attention_layernorm(x), batch))
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention with rope."""
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        parts = [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]
+        self.qkv_proj = Linear(config.hidden_size, parts, config.attention_bias, dtype=dtype, device=device)
+        output = [("o_proj", config.hidden_size)]
+        self.o_proj = Linear(queries, output, config.attention_bias, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, rope: Rope, batch: Batch) -> Tensor:
+        """[T, D] -> [T, D]."""
+        keys = batch.keys.view(-1)
+        q, k, v = (part.view(len(x), -1, self.head_dim) for part in self.qkv_proj.split(x, keys))
+        # Attention keeps v for its backward: as a view it would keep q and k from before their rotation as well.
+        mixed = attention(rotate(q, *rope), rotate(k, *rope), v.contiguous(), batch)
+        return cast(Tensor, self.o_proj(mixed.flatten(1), keys))
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        parts = [("gate_proj", config.intermediate_size), ("up_proj", config.intermediate_size)]
+        self.gate_up_proj = Linear(config.hidden_size, parts, config.mlp_bias, dtype=dtype, device=device)
+        output = [("down_proj", config.hidden_size)]
+        self.down_proj = Linear(config.intermediate_size, output, config.mlp_bias, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """[T, D] -> [T, D]."""
+        keys = batch.keys.view(-1)
+        gate, up = self.gate_up_proj.split(x, keys)
+        return cast(Tensor, self.down_proj(F.silu(gate) * up, keys))
+
+
+class RMSNorm(nn.Module):
+    """x over its root mean square, in fp32 and back, then times the weight: Hugging Face's order of casts."""
+
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D] in x's dtype."""
+        return (self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)).to(x.dtype)
+
+
+def blocks(model: LlamaForCausalLM) -> list[LlamaDecoderLayer]:
+    """The units to shard, compile and recompute; what is not in one belongs to the model itself."""
+    return [cast(LlamaDecoderLayer, layer) for layer in model.model.layers]
+
+
+def _whole(parameter: Tensor) -> tuple[Tensor, int]:
+    return parameter, 0
+
+
+_DRAWN_ROWS = 4096
+"""Rows drawn from one seed: a rank draws the blocks its rows are in, never a whole embedding."""
+
+
+@torch.no_grad()
+def draw(model: LlamaForCausalLM, seed: int, local_rows: Callable[[Tensor], tuple[Tensor, int]] = _whole) -> None:
+    """Fill the base parameters: weights normal(0, initializer_range), norms one, biases zero.
+
+    `local_rows` gives a parameter's rows on this rank and the number of the first, for sharded ones. Every value is
+    a function of (seed, Hugging Face's name, place), drawn on the CPU: the same on any number of ranks.
+    """
+    for name, pieces in layout(model).items():
+        local, first = local_rows(model.get_parameter(name))
+        if local.dim() == 1:
+            local.fill_(0.0 if name.endswith(".bias") else 1.0)
+            continue
+        for piece in pieces:
+            for top in range(piece.start, piece.stop, _DRAWN_ROWS):
+                bottom = min(top + _DRAWN_ROWS, piece.stop)
+                low, high = max(top, first), min(bottom, first + local.shape[0])
+                if low < high:
+                    values = torch.empty(bottom - top, local.shape[1], dtype=torch.float32, device="cpu")
+                    generator = _generator(f"{seed} {piece.name} {top - piece.start}")
+                    values.normal_(0.0, model.config.initializer_range, generator=generator)
+                    local[low - first : high - first] = values[low - top : high - top]
+
+
+def _generator(text: str) -> torch.Generator:
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

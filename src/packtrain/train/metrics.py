@@ -1,0 +1,99 @@
+"""What a run says about itself: `run/metrics.jsonl`, the averages llama-recipes returns, the progress on screen.
+
+MetricsFile     one JSON line an optimizer step, and event lines; rank 0 only
+Averages        per-epoch sums from which avg_train_loss and its kin are made
+memory_gb       this rank's figure, no polling thread
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def memory_gb(device: torch.device) -> float:
+    """GiB: the most that was allocated on a GPU so far; on a CPU what is resident now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return resident_pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no NaN: what is not finite is written as null."""
+    return value if math.isfinite(value) else None
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinity where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class MetricsFile:
+    """Appends to `run/metrics.jsonl`; every line is whole on disk before the next step's."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = path.open("a", encoding="utf-8") if path else None
+
+    def write(self, **values: Any) -> None:
+        """One line; floats that are not finite become null."""
+        if self._file is None:
+            return
+        clean = {k: finite_or_none(v) if isinstance(v, float) else v for k, v in values.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """The line of a validation."""
+        self.write(event="eval", step=step, eval_loss=loss, eval_perplexity=perplexity(loss))
+
+    def close(self) -> None:
+        """Put the last lines on disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+@dataclass
+class Averages:
+    """Sums behind llama-recipes' result keys. Its averages go over epochs; a partial last epoch is one too."""
+
+    train: list[float] = field(default_factory=list)
+    evals: list[float] = field(default_factory=list)
+    epoch_seconds: list[float] = field(default_factory=list)
+    save_seconds: list[float] = field(default_factory=list)
+    loss_sum: float = 0.0
+    labels: float = 0.0
+
+    def step(self, loss: float, labels: int) -> None:
+        """Add a step's mean loss over its labels."""
+        self.loss_sum += loss * labels
+        self.labels += labels
+
+    def end_epoch(self, seconds: float) -> None:
+        """Close the epoch: its loss is the mean over its labelled tokens."""
+        if self.labels:
+            self.train.append(self.loss_sum / self.labels)
+            self.epoch_seconds.append(seconds)
+        self.loss_sum = self.labels = 0.0
+
+    def results(self) -> dict[str, float | None]:
+        """llama-recipes' keys."""
+        return {
+            "avg_train_prep": _mean([perplexity(x) for x in self.train]),
+            "avg_train_loss": _mean(self.train),
+            "avg_eval_prep": _mean([perplexity(x) for x in self.evals]),
+            "avg_eval_loss": _mean(self.evals),
+            "avg_epoch_time": _mean(self.epoch_seconds),
+            "avg_checkpoint_time": _mean(self.save_seconds),
+        }
+
+
+def _mean(values: list[float]) -> float | None:
+    return finite_or_none(sum(values) / len(values)) if values else None
