@@ -25,8 +25,9 @@ COMMANDS = {
     "data": "what a run would train on: rows, tokens, masks",
     "check": "the preflight of a run, alone",
     "generate": "text from a model, or a model and an adapter",
+    "chat": "talk to them, turn by turn",
 }
-LATER = ("chat", "export", "report", "verify")
+LATER = ("export", "report", "verify")
 """Commands of the plan that are not built yet."""
 
 RUN_COMMANDS = ("train", "data", "check")

@@ -138,8 +138,9 @@ class Optimizer:
 @torch.no_grad()
 def grad_norm(gradients: Sequence[Tensor], model: nn.Module, place: Place) -> Tensor:
     """2-norm of the whole gradient, 0-dim fp32, the same bits on every rank: one all-reduce, of the squares."""
-    squares = torch.nn.utils.get_total_norm(gradients).square() / copies(model, place)
-    return sum_(squares, place).sqrt()
+    # In float64: torch's fp32 norm of 30 million numbers is off by 0.16 % on a CPU.
+    squares = torch.stack(torch._foreach_norm(list(gradients), 2, torch.float64)).square().sum()
+    return sum_(squares / copies(model, place), place).sqrt().float()
 
 
 def not_finite(norm: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def _gathered(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     names: dict[str, list[str]] = {}
     for name, saved in table.items():
         names.setdefault(saved.parameter, []).append(name)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for ours, theirs in names.items():
         whole = gather(parameters[ours])
         if keep:

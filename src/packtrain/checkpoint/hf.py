@@ -188,7 +188,7 @@ def _overlap(local: Tensor, first: int, piece: Piece) -> tuple[int, int]:
 
 
 def _chunks(folder: HfFolder, name: str, start: int, stop: int, itemsize: int = 0) -> list[tuple[int, int]]:
-    """Rows [start, stop) cut into [a, b) of at most STREAM_BYTES, at `itemsize` bytes an element or as they are stored."""
+    """Rows [start, stop) cut into [a, b) of at most STREAM_BYTES at `itemsize` bytes an element, or the file's."""
     slot = folder.slots[name]
     row_bytes = (itemsize or DTYPES[slot.dtype].itemsize) * math.prod(slot.shape[1:])
     rows = max(1, STREAM_BYTES // row_bytes)

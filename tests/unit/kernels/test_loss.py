@@ -113,7 +113,7 @@ def test_bf16_sums_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, gradient in exact_gradients.items():
         assert gradients[name].dtype == torch.bfloat16
         error = (gradients[name].double() - gradient).norm() / gradient.norm()
-        assert error < 6e-3, name  # summed in bf16, 256 chunks give 3e-2 or more for the weight
+        assert error < 6e-3, name  # summed in bf16, 256 chunks give 1.6e-2 for the weight
 
 
 def test_without_tokens_the_loss_is_a_connected_zero() -> None:
