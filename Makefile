@@ -2,6 +2,7 @@
 # make demo        a real Llama learns to correct English on this machine
 # make test        the whole test suite that CI runs
 # make test-slow   what takes longer (real weights against PEFT); its last output is in docs/
+# make test-gpu    the GPU tests, with whatever PYTHON has (PYTHON=python3); they skip without a CUDA device
 # make lint        ruff and strict types
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow test-gpu lint clean
 
 setup: $(STAMP)
 
@@ -34,6 +35,9 @@ test: lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests
+
+test-gpu:
+	PYTHONPATH=src:tests $(PYTHON) -m pytest -m gpu tests
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

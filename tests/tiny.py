@@ -1,4 +1,4 @@
-"""Things small enough to fine-tune in a test: a tokenizer, Llamas of two layers, adapters, rows, and the flags of a run.
+"""Things small enough to fine-tune in a test: a tokenizer, Llamas of two layers, adapters, rows, a run's flags.
 
     tokenizer()                 byte-level, trained on CORPUS; `extra` tokens on top
     model(folder, ...)          transformers' own LlamaForCausalLM with random weights, saved with that tokenizer
@@ -23,7 +23,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -85,6 +84,8 @@ def model(folder: Path, *, shard_size: str = "5GB", with_tokenizer: bool = True,
 
 def adapter(folder: Path, base: Path, **lora: Any) -> Path:
     """An adapter's folder: r 4 on q_proj and v_proj unless keywords of LoraConfig say otherwise; B is not zero."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 (two seconds that most tests do without)
+
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
     wrapped = get_peft_model(
         LlamaForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **(settings | lora))

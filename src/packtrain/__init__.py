@@ -16,5 +16,5 @@ def finetune(**settings: Any) -> dict[str, Any]:
     `packtrain.errors.UserError` with everything that is wrong with settings, data or weights.
     """
     # torch is only loaded when a run is, so that flags can be checked without it
-    result: dict[str, Any] = import_module("packtrain.commands.train").finetune(**settings)
+    result: dict[str, Any] = import_module("packtrain.commands.worker").finetune(**settings)
     return result

@@ -19,6 +19,13 @@ IGNORE = -100
 """Label of a token that is not trained (PyTorch's and Hugging Face's value)."""
 
 
+def queued(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on a device, its copy queued: pinned first, since from other memory the host waits for a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """One rank's micro-batch. Tensors are on one device; `to` moves them all."""
@@ -56,16 +63,26 @@ class Batch:
     rows: tuple[int, ...]
     """Numbers of the data's rows in this batch; empty for a batch that only keeps ranks in step."""
 
+    kernel: str = "auto"
+    """Which attention (kernels/attention.py); the model says it."""
+
+    mask: Any = None
+    """What that kernel has made of the documents, once for all layers."""
+
     @property
     def count(self) -> int:
         """N, the number of labelled tokens."""
         return self.targets.numel()
 
+    @property
+    def documents(self) -> Tensor:
+        """int64 [R, L], the number of each token's document, from 0; made on the tensors' device."""
+        places = torch.arange(self.ids.numel(), dtype=torch.int32, device=self.cu_seqlens.device)
+        return (torch.searchsorted(self.cu_seqlens, places, right=True) - 1).view(self.ids.shape)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device; copies are queued, not waited for."""
         moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            f.name: queued(value, device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)

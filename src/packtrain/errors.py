@@ -3,6 +3,7 @@
     UserError       the input is wrong: exit code 2, no traceback; holds every problem found, not the first
     Stopped         a signal asked for an end and the state is saved: exit code 75
     Fault           something broke that no flag explains: exit code 1
+    Reported        another rank says it
 
 A problem is one sentence that says what, where (flag, file, row, tensor, rank), what was expected and what
 to do. `UserError` is raised once, with all of them.
@@ -42,6 +43,14 @@ class Stopped(PacktrainError):
 
 class Fault(PacktrainError):
     """The run cannot go on, and not because of what the user typed."""
+
+
+class Reported(PacktrainError):
+    """An error that another rank tells: says nothing here, and keeps its exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
 
 
 def raise_if(problems: Iterable[str]) -> None:

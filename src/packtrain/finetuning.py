@@ -19,26 +19,40 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from packtrain import log
+from packtrain import log, peft
 from packtrain.checkpoint import adapter as adapter_files
+from packtrain.checkpoint.dcp import saving_group
+from packtrain.checkpoint.dcp_folder import newest
+from packtrain.checkpoint.dcp_run import Checkpoints, Resumed
 from packtrain.checkpoint.folder import HfFolder
-from packtrain.checkpoint.hf import copy_side_files, load_model, mirror, save_model
-from packtrain.checkpoint.store import Claim, ResultFile, claim, read_json
+from packtrain.checkpoint.hf import config_of, copy_side_files, expected_shapes, load_model, mirror, save_model
+from packtrain.checkpoint.places import checkpoint_root, output_root
+from packtrain.checkpoint.store import Claim, claim, read_json
 from packtrain.configs.run import RunConfig
 from packtrain.data.loader import Loader
 from packtrain.data.tokens import Tokens
 from packtrain.distributed.parallelize import local_rows, materialise, parallelize
 from packtrain.distributed.place import Place
-from packtrain.errors import Stopped
+from packtrain.errors import Stopped, UserError
+from packtrain.kernels import float8
+from packtrain.kernels.attention_choice import choose
+from packtrain.kernels.rows import Form
+from packtrain.model import fast
 from packtrain.model.config import LlamaConfig
 from packtrain.model.llama import LlamaForCausalLM, blocks, draw
 from packtrain.optim import Optimizer, schedule
-from packtrain.peft import lora
-from packtrain.peft.trainable import count_line, trainable
+from packtrain.peft.lora import saved_layout
+from packtrain.peft.trainable import count_line, freeze, trainable
+from packtrain.precision import optimizer_rule, precision_line, weight_dtype
 from packtrain.train.interrupt import Interrupt
+from packtrain.train.listeners import listeners_of, recipes_file
 from packtrain.train.loop import Loop, Plan, Sinks
-from packtrain.train.metrics import MetricsFile
+from packtrain.train.measure import watch_of
+from packtrain.train.metrics import MetricsFile, cut
+from packtrain.train.record import Record
+from packtrain.train.words import batch_line, sharding_line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,40 +67,20 @@ class Inputs:
     train: Tokens
     validation: Tokens | None
     collator: Callable[..., Any] | None
-    lora: lora.LoraSettings | None
-    adapter: Path | None
-    """--from_peft_checkpoint's folder."""
+    adapter: peft.Settings | None
+    """None: full fine-tuning."""
+    adapter_folder: Path | None
+    """--from_peft_checkpoint's."""
     pad_id: int
     fingerprint: dict[str, Any]
+    skipped: tuple[dict[str, Any], ...] = ()
+    """Rows that --on_bad_rows skip left out: file, row, line, reason. Known to the rank that read them."""
 
 
-def output_root(cfg: RunConfig) -> Path:
-    """Where results go: --output_dir, else the dist flags' folder, else ./packtrain-out."""
-    train = cfg.train_config
-    if train.output_dir is not None:
-        return Path(train.output_dir)
-    if train.dist_checkpoint_root_folder is not None:
-        name = str(train.model_name or "random").lstrip("/").replace("/", "--")
-        return Path(train.dist_checkpoint_root_folder) / f"{train.dist_checkpoint_folder}-{name}"
-    return Path("packtrain-out")
-
-
-def weight_dtype(cfg: RunConfig, device: torch.device) -> torch.dtype:
-    """The forward's weights: bf16 on GPUs, fp32 on CPUs unless pure_bf16 was typed, fp32 without mixed precision."""
-    asked_bf16 = cfg.fsdp_config.pure_bf16
-    if device.type == "cpu":
-        if asked_bf16:
-            log.once(
-                "warning: bf16 was asked for on a CPU; without bf16 instructions it is about 50 times slower than fp32"
-            )
-        return torch.bfloat16 if asked_bf16 else torch.float32
-    if not cfg.fsdp_config.mixed_precision and not asked_bf16:
-        return torch.float32
-    return torch.bfloat16
-
-
-def loaders(cfg: RunConfig, inputs: Inputs, place: Place) -> tuple[Loader, Loader | None]:
-    """Training and validation batches of this rank."""
+def loaders(
+    cfg: RunConfig, inputs: Inputs, place: Place, step_items: int | None = None
+) -> tuple[Loader, Loader | None]:
+    """Training and validation batches of this rank. `step_items`: of the run that is gone on with."""
     train = cfg.train_config
     shared: dict[str, Any] = {
         "strategy": strategy(cfg, inputs),
@@ -102,6 +96,7 @@ def loaders(cfg: RunConfig, inputs: Inputs, place: Place) -> tuple[Loader, Loade
         batch_size=train.batch_size_training,
         accumulation=train.gradient_accumulation_steps,
         shuffle=True,
+        step_items=step_items,
         **shared,
     )
     if inputs.validation is None:
@@ -116,32 +111,72 @@ def strategy(cfg: RunConfig, inputs: Inputs) -> Literal["packing", "padding"]:
     return cfg.train_config.batching_strategy
 
 
-def build(cfg: RunConfig, inputs: Inputs, place: Place) -> LlamaForCausalLM:
-    """The model of this rank, weights in place: no rank ever holds more than its shard and a slice."""
-    model = LlamaForCausalLM(inputs.model_config, dtype=weight_dtype(cfg, place.device), device=torch.device("meta"))
-    if inputs.lora is not None:
-        lora.install(model, inputs.lora)
+def build(cfg: RunConfig, inputs: Inputs, place: Place, *, weights: bool = True) -> LlamaForCausalLM:
+    """The model of this rank, weights in place: no rank ever holds more than its shard and a slice.
+
+    Without `weights` it has memory for them and no values: a checkpoint brings them.
+    """
+    dtype = weight_dtype(cfg, place.device)
+    model = LlamaForCausalLM(inputs.model_config, dtype=dtype, device=torch.device("meta"))
+    attention = choose(cfg.train_config.attention, place.device, dtype, inputs.model_config.head_dim)
+    log.say(str(attention))
+    model.model.kernel = attention.kernel
+    adapter = inputs.adapter
+    if adapter is not None:
+        peft.method_of(adapter).install(model, adapter)
+    elif cfg.train_config.freeze_layers:
+        for block in blocks(model)[: cfg.train_config.num_freeze_layers]:
+            freeze(block)
+    fused = _fused_layers(cfg, model, place)
     fsdp = cfg.fsdp_config
-    parallelize(
+    home = parallelize(
         model,
         blocks(model),
         place,
         fsdp.sharding_strategy,
         shard_group=fsdp.sharding_group_size,
         replica_group=fsdp.replica_group_size,
-        recompute=cfg.train_config.activation_checkpointing == "full",
+        recompute=cfg.train_config.activation_checkpointing in {"selective", "full"},
+        cpu_offload=fsdp.fsdp_cpu_offload,
     )
-    materialise(model, place.device)
+    if fused and not isinstance(model, FSDPModule):
+        fast.allocate(model, home)
+    materialise(model, home)
+    if not weights:
+        return model
     if inputs.weights is not None:
         for line in load_model(model, inputs.weights):
             log.say(line)
     else:
-        draw(model, cfg.train_config.seed, local_rows)
-    if inputs.lora is not None:
-        lora.initialise(model, cfg.train_config.seed, local_rows)
-        if inputs.adapter is not None:
-            adapter_files.load_adapter(model, inputs.adapter)
+        draw(model, cfg.train_config.seed, local_rows, saved_layout(model))
+    if adapter is not None:
+        peft.method_of(adapter).initialise(model, cfg.train_config.seed, local_rows)
+        if inputs.adapter_folder is not None:
+            adapter_files.load_adapter(model, inputs.adapter_folder)
     return model
+
+
+def _fused_layers(cfg: RunConfig, model: LlamaForCausalLM, place: Place) -> bool:
+    """Give the layers their fast form where they can have it (model/fast.py); the log says which they have, and why."""
+    device, quantization = place.device, cfg.train_config.quantization
+    wants8 = quantization == "fp8"
+    if wants8 and not float8.supported(device):
+        log.say("--quantization fp8: this GPU has no float8 products (they came with Ada and Hopper); the base is bf16")
+        wants8 = False
+    form = Form(weight_dtype(cfg, device), wants8)
+    if device.type == "cpu" and not wants8:
+        return False
+    obstacle = "one process is needed, so far" if wants8 and place.world_size > 1 else None
+    obstacle = obstacle or fast.obstacle(model, device, form)
+    if obstacle is not None and wants8:
+        raise UserError(f"--quantization fp8: not possible here: {obstacle}; leave it out")
+    if obstacle is not None:
+        log.say(f"layers: plain form ({obstacle})")
+        return False
+    recompute = cfg.train_config.activation_checkpointing
+    fast.install(model, form, "none" if recompute == "auto" else recompute)
+    log.say(f"layers: fused form, base in {'float8' if wants8 else str(form.dtype).removeprefix('torch.')}")
+    return True
 
 
 def optimizer_of(
@@ -149,7 +184,14 @@ def optimizer_of(
 ) -> tuple[Optimizer, Callable[[int], float]]:
     """The optimizer over what trains, and the learning rate as a function of the step (from 1)."""
     train = cfg.train_config
-    optimizer = Optimizer(trainable(model), lr=train.lr, weight_decay=train.weight_decay)
+    optimizer = Optimizer(
+        trainable(model),
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        rule=optimizer_rule(cfg),
+        use_kahan=cfg.fsdp_config.use_kahan,
+        fp16=train.use_fp16,
+    )
     factor = schedule(
         train.lr_scheduler,
         total_steps=total_steps,
@@ -173,33 +215,58 @@ def run(cfg: RunConfig, place: Place, inputs: Inputs, interrupt: Interrupt) -> d
     Raises Stopped when a signal ended the run after saving, UserError when the folder is not this run's to use.
     """
     root = output_root(cfg)
-    state = place.agree(
-        "claim", lambda: claim(root, inputs.fingerprint, overwrite=cfg.train_config.overwrite_output_dir).value
-    )
-    if state == Claim.FINISHED.value:
+    claimed, folder = place.agree("claim", lambda: _claim(cfg, place, inputs))
+    if claimed == Claim.FINISHED.value:
         log.say(f"{root} holds this very run, finished; nothing to do (--overwrite_output_dir trains again)")
         return read_json(root / "run" / "result.json") or {}
-    record = Record(cfg, root, inputs, leads=place.rank == 0)
+    resumed = None if folder is None else Resumed.read(Path(folder))
+    record = Record(cfg, root, leads=place.rank == 0, fingerprint=inputs.fingerprint, skipped=inputs.skipped)
     try:
-        results = _train(cfg, place, inputs, interrupt, record)
+        results = _train(cfg, place, inputs, interrupt, record, resumed)
     except (Stopped, SystemExit) as end:
         record.finish("stopped", str(end) if isinstance(end, Stopped) else "stopped by a signal before the first step")
         raise
     except BaseException as error:
-        record.finish("failed", place.first_cause() or f"{type(error).__name__}: {error}")
+        record.finish("failed", place.first_cause(error) or f"{type(error).__name__}: {error}")
         raise
     return record.finish("done", None, **results)
 
 
-def _train(cfg: RunConfig, place: Place, inputs: Inputs, interrupt: Interrupt, record: Record) -> dict[str, Any]:
+def _claim(cfg: RunConfig, place: Place, inputs: Inputs) -> tuple[str, str | None]:
+    """(what the folder means for this run, the checkpoint to go on from)."""
+    train, steps = cfg.train_config, checkpoint_root(cfg)
+    claimed = claim(
+        output_root(cfg),
+        inputs.fingerprint,
+        overwrite=train.overwrite_output_dir,
+        checkpoints=steps,
+        step_items=train.batch_size_training * train.gradient_accumulation_steps * place.world_size,
+    )
+    return claimed.value, str(newest(steps)) if claimed is Claim.RESUME else None
+
+
+def _train(
+    cfg: RunConfig, place: Place, inputs: Inputs, interrupt: Interrupt, record: Record, resumed: Resumed | None
+) -> dict[str, Any]:
     train = cfg.train_config
-    training, validation = loaders(cfg, inputs, place)
+    training, validation = loaders(cfg, inputs, place, resumed.step_items if resumed else None)
     steps = total_steps(cfg, training.steps_per_epoch)
-    log.say(_batch_line(cfg, place, training, steps))
-    model = build(cfg, inputs, place)
+    log.say(batch_line(cfg, place, training, steps))
+    log.say(sharding_line(cfg, place))
+    model = build(cfg, inputs, place, weights=resumed is None or inputs.adapter is not None)
     log.say(count_line(model))
+    dtypes = {parameter.dtype for parameter in trainable(model).values()}
+    log.say(precision_line(cfg, weight_dtype(cfg, place.device), dtypes))
     optimizer, lr = optimizer_of(cfg, model, training.steps_per_epoch, steps)
-    metrics = MetricsFile(record.run / "metrics.jsonl" if place.rank == 0 else None)
+    checkpoints = _checkpoints(cfg, inputs, place, model, optimizer, training)
+    metrics_file = recipes_file(cfg, place, record.root)
+    listeners = listeners_of(cfg, record.run, metrics_file) if place.rank == 0 else []
+    if resumed is not None:
+        checkpoints.restore(resumed)
+        record.note(resumed_from=str(resumed.folder), last_checkpoint=str(resumed.folder), step=resumed.step)
+        if place.rank == 0:
+            cut(record.run / "metrics.jsonl", resumed.step, evaluated=not resumed.state["owed"])
+    metrics = MetricsFile(record.run / "metrics.jsonl" if place.rank == 0 else None, listeners)
     saver = Saver(cfg, model, inputs, record.root, place)
     plan = Plan(
         total_steps=steps,
@@ -209,61 +276,76 @@ def _train(cfg: RunConfig, place: Place, inputs: Inputs, interrupt: Interrupt, r
         clip=train.gradient_clipping_threshold if train.gradient_clipping else None,
         prefetch=1 if train.num_workers_dataloader else 0,
         lr=lr,
+        save_steps=train.save_steps,
     )
-    sinks = Sinks(metrics=metrics, save=saver.save if train.save_model else None, note=record.note)
-    loop = Loop(model, optimizer, training, validation, place=place, plan=plan, sinks=sinks, interrupt=interrupt)
+
+    def checkpoint(state: dict[str, Any], goes_on: bool) -> float:
+        began = time.monotonic()
+        record.note(last_checkpoint=str(checkpoints.save(state, optimizer=goes_on or train.save_optimizer)))
+        return time.monotonic() - began
+
+    sinks = Sinks(
+        metrics=metrics,
+        save=saver.save if train.save_model else None,
+        note=record.note,
+        checkpoint=checkpoint if train.save_model or train.save_steps else None,
+    )
+    watch = watch_of(cfg, model, place, record.run, steps)
+    loop = Loop(
+        model, optimizer, training, validation, place=place, plan=plan, sinks=sinks, interrupt=interrupt, watch=watch
+    )
+    if resumed is not None:
+        loop.restore(resumed.state)
     interrupt.begin()
+    results: dict[str, Any] | None = None
     try:
         loop.run()
+        results = _results(cfg, loop, record.root) | watch.finish()
+        if metrics_file is not None:
+            results["metrics_filename"] = str(metrics_file)
     finally:
-        metrics.close()
+        metrics.close(results)
+    return results
+
+
+def _checkpoints(
+    cfg: RunConfig, inputs: Inputs, place: Place, model: LlamaForCausalLM, optimizer: Optimizer, training: Loader
+) -> Checkpoints:
+    train, adapter = cfg.train_config, inputs.adapter
+    if adapter is not None:
+        config = peft.method_of(adapter).config_dict(adapter, str(train.model_name))
+    else:
+        config = config_of(inputs.config_json, expected_shapes(model), weight_dtype(cfg, place.device))
+    return Checkpoints(
+        checkpoint_root(cfg),
+        model,
+        optimizer,
+        place=place,
+        group=saving_group(),
+        adapter=adapter is not None,
+        config=config,
+        facts={
+            "root": str(output_root(cfg).resolve()),
+            "seed": train.seed,
+            "step_items": training.step_items,
+            "model_name": train.model_name,
+            "tokenizer_name": train.tokenizer_name or train.model_name,
+            "fingerprint": inputs.fingerprint,
+        },
+        kind=cfg.fsdp_config.checkpoint_type,
+    )
+
+
+def _results(cfg: RunConfig, loop: Loop, root: Path) -> dict[str, Any]:
+    saves = cfg.train_config.save_model
     return loop.averages.results() | {
         "best_eval_loss": loop.best_loss if loop.best_step else None,
         "best_step": loop.best_step or None,
-        "last": str(record.root) if train.save_model else None,
-        "best": str(record.root / "best") if train.save_model and loop.best_step else None,
+        "last": str(root) if saves else None,
+        "best": str(root / "best") if saves and loop.best_step else None,
         "tokens_total": loop.tokens_total,
         "tokens_per_second": loop.inputs_total / loop.step_seconds,
     }
-
-
-def _batch_line(cfg: RunConfig, place: Place, training: Loader, steps: int) -> str:
-    train = cfg.train_config
-    items = "rows" if training.items == training.rows else f"of {training.items} packs"
-    batch, accumulation = train.batch_size_training, train.gradient_accumulation_steps
-    together = batch * accumulation * place.world_size
-    return (
-        f"{training.rows} rows, {training.labels_total:,} trained tokens an epoch; a step takes {together} {items} "
-        f"({batch} x {accumulation} accumulated x {place.world_size} ranks); "
-        f"{training.steps_per_epoch} steps an epoch, {steps} in all"
-    )
-
-
-class Record:
-    """run/config.yaml and run/result.json; on ranks other than 0 it only remembers."""
-
-    def __init__(self, cfg: RunConfig, root: Path, inputs: Inputs, leads: bool) -> None:
-        self.root, self.run = root, root / "run"
-        self._began = time.monotonic()
-        self._file: ResultFile | None = None
-        self._facts: dict[str, Any] = {}
-        if leads:
-            self.run.mkdir(parents=True, exist_ok=True)
-            cfg.write(self.run / "config.yaml")
-            self._file = ResultFile(self.run / "result.json", fingerprint=inputs.fingerprint)
-
-    def note(self, **facts: Any) -> None:
-        """Remember facts for the next time the file is written."""
-        self._facts |= facts
-        if self._file is not None:
-            self._file.note(**facts)
-
-    def finish(self, status: str, reason: str | None, **results: Any) -> dict[str, Any]:
-        """The last word, written by rank 0."""
-        results["seconds"] = time.monotonic() - self._began
-        if self._file is not None:
-            return self._file.finish(status, reason, **results)
-        return self._facts | {"status": status, "reason": reason} | results
 
 
 class Saver:
@@ -271,30 +353,36 @@ class Saver:
 
     def __init__(self, cfg: RunConfig, model: LlamaForCausalLM, inputs: Inputs, root: Path, place: Place) -> None:
         self._cfg, self._model, self._inputs, self._root, self._place = cfg, model, inputs, root, place
+        self._saves = 0
 
     def save(self, best: bool) -> float:
-        """Seconds it took."""
+        """Seconds it took. Every rank stays until the files are there: none may end while the leader still writes."""
         began = time.monotonic()
-        inputs = self._inputs
+        self._saves += 1
         leads = self._place.rank == 0
-        if inputs.lora is not None:
-            config = lora.config_dict(inputs.lora, str(self._cfg.train_config.model_name))
+        adapter = self._inputs.adapter
+        if adapter is not None:
+            config = peft.method_of(adapter).config_dict(adapter, str(self._cfg.train_config.model_name))
             adapter_files.save_adapter(self._model, self._root, config, leads=leads)
         else:
-            save_model(self._model, self._root, inputs.config_json, leads=leads)
+            save_model(self._model, self._root, self._inputs.config_json, leads=leads)
         if leads:
-            if inputs.tokenizer is not None:
-                inputs.tokenizer.save_pretrained(self._root)
-            if inputs.weights is not None and inputs.lora is None:
-                copy_side_files(inputs.weights.path, self._root)
-            if best:
-                mirror(self._root, self._root / "best")
+            self._write_side_files(best)
+            self._place.tell(f"saved/{self._saves}", True)
+        self._place.wait_for(f"saved/{self._saves}")
         return time.monotonic() - began
 
+    def _write_side_files(self, best: bool) -> None:
+        inputs = self._inputs
+        if inputs.weights is not None and inputs.adapter is None:
+            copy_side_files(inputs.weights.path, self._root)
+        if inputs.tokenizer is not None:
+            inputs.tokenizer.save_pretrained(self._root)
+        if best:
+            mirror(self._root, self._root / "best")
 
-if (
-    __name__ == "__main__"
-):  # llama-recipes' users type python -m llama_cookbook.finetuning: here too, upward just this once
+
+if __name__ == "__main__":  # llama-recipes' python -m llama_cookbook.finetuning: here too, upward just this once
     from packtrain.cli import train
 
     sys.exit(train(sys.argv[1:]))

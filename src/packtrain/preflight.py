@@ -6,7 +6,6 @@ examine     reads and checks model, tokenizer, adapters, data and folder; raises
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,26 +14,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from transformers import AutoTokenizer
 
-from packtrain import log
-from packtrain.checkpoint.adapter import read_adapter_config
+from packtrain import adapters, log, optim, peft
 from packtrain.checkpoint.folder import HfFolder
 from packtrain.checkpoint.hf import expected_shapes
 from packtrain.checkpoint.hub import resolve
-from packtrain.checkpoint.store import read_json, record_failure
-from packtrain.configs.run import RunConfig, fields_of
+from packtrain.checkpoint.places import checkpoint_root, output_root
+from packtrain.checkpoint.store import folder_problems, read_json, record_failure, unwritable
+from packtrain.checkpoint.tokenizer import read_tokenizer
+from packtrain.configs.run import RunConfig, fields_of, flag
 from packtrain.data import custom
 from packtrain.data.audit import Audit
+from packtrain.data.collate import collated
 from packtrain.data.sources import Split
-from packtrain.data.tokens import Tokens, tokenize
+from packtrain.data.tokens import Tokens, check_rows, tokenize
+from packtrain.distributed import parallelize
 from packtrain.distributed.place import Place
 from packtrain.errors import UserError, raise_if
-from packtrain.finetuning import Inputs, output_root
+from packtrain.finetuning import Inputs
+from packtrain.kernels import attention_choice
 from packtrain.model.config import LlamaConfig
 from packtrain.model.llama import LlamaForCausalLM
-from packtrain.peft import lora
+from packtrain.precision import weight_dtype
+from packtrain.train import wandb_run
 
 T = TypeVar("T")
 
@@ -50,7 +54,7 @@ class _Problems:
         try:
             return read()
         except UserError as error:
-            self.found += error.problems
+            self.found += [problem for problem in error.problems if problem not in self.found]
             return None
 
 
@@ -75,11 +79,9 @@ def inputs(cfg: RunConfig, place: Place) -> Inputs:
 
     def lead() -> str:
         try:
-            mine.append(examine(cfg))
+            mine.append(examine(cfg, place))
         except UserError as error:
-            root = output_root(cfg)
-            if not _output_problems(root):
-                record_failure(root, str(error))
+            record_failure(output_root(cfg), str(error))
             raise
         return str(_leave(mine[0].inputs)) if place.local_world_size > 1 else ""
 
@@ -93,55 +95,55 @@ def inputs(cfg: RunConfig, place: Place) -> Inputs:
     return found
 
 
-def examine(cfg: RunConfig) -> Examined:
-    """Read and check all of it. Raises UserError with every problem found."""
-    problems = _Problems()
-    problems.found += _output_problems(output_root(cfg))
+def examine(cfg: RunConfig, place: Place | None = None, *, writes: bool = True) -> Examined:
+    """Read and check all of it, for the ranks of `place` if known. Raises UserError with every problem found.
+
+    Once something is wrong, rows are read where they are in a file, and not encoded: a message must not wait for more.
+    `writes`: whether --output_dir is asked about too.
+    """
+    train, problems = cfg.train_config, _Problems()
+    problems.found += _folder_problems(cfg) if writes else []
+    problems.found += [] if place is None else _sharding_problems(cfg, place)
+    problems.found += optim.problems(cfg.fsdp_config.optimizer)
+    problems.found += wandb_run.problems() if cfg.train_config.use_wandb else []
     model = problems.ask(lambda: _Model.read(cfg))
-    tokenizer = problems.ask(lambda: read_tokenizer(cfg))
-    needs_tokenizer = cfg.train_config.dataset != "synthetic_dataset"
+    tokenizer = problems.ask(lambda: _tokenizer(cfg, model))
     if model is not None:
         model = replace(model, config=_grown(cfg, model, tokenizer, problems))
-        problems.found += _model_problems(model)
+        problems.found += _model_problems(cfg, model)
+        problems.found += _attention_problems(cfg, model, place)
+    splits: tuple[Split, ...] = ("train", "validation") if train.run_validation else ("train",)
+    if model is None or problems.found:
+        for split in splits:
+            problems.ask(partial(check_rows, train.dataset, cfg.dataset_config, split, on_bad_rows=train.on_bad_rows))
+        if tokenizer is not None:
+            problems.ask(lambda: _collator(cfg, tokenizer, None))
+        raise UserError(problems.found)
     tokens: dict[str, Tokens] = {}
     audits: dict[str, Audit] = {}
-    if model is not None and (tokenizer is not None or not needs_tokenizer):
-        splits: tuple[Split, ...] = ("train", "validation") if cfg.train_config.run_validation else ("train",)
-        for split in splits:
-            pair = problems.ask(partial(_tokenize, cfg, split, tokenizer, model.config.vocab_size))
-            if pair is not None:
-                tokens[split], audits[split] = pair
-    collator = problems.ask(lambda: _collator(cfg, tokenizer)) if tokenizer is not None else None
+    for split in splits:
+        pair = problems.ask(partial(_tokenize, cfg, split, tokenizer, model.config.vocab_size))
+        if pair is not None:
+            tokens[split], audits[split] = pair
+    collator = problems.ask(lambda: _collator(cfg, tokenizer, tokens.get("train")))
     raise_if(problems.found)
-    assert model is not None
-    return Examined(_inputs(cfg, model, tokenizer, tokens, collator), audits)
+    skipped = tuple(row for audit in audits.values() for row in audit.skipped)
+    return Examined(replace(_inputs(cfg, model, tokenizer, tokens, collator), skipped=skipped), audits)
 
 
-def read_tokenizer(cfg: RunConfig) -> Any | None:
+def _tokenizer(cfg: RunConfig, model: _Model | None) -> Any | None:
     """The run's tokenizer; None where none is needed (random weights and synthetic rows)."""
     train = cfg.train_config
-    name = train.tokenizer_name or train.model_name
-    if name is None:
-        if train.dataset == "synthetic_dataset":
-            return None
-        raise UserError(
-            f"--tokenizer_name: missing; --random_init has no tokenizer, and --dataset {train.dataset} needs one"
-        )
     flag = "--tokenizer_name" if train.tokenizer_name else "--model_name"
-    folder = resolve(name, flag)
-    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        if train.dataset == "synthetic_dataset":
-            return None
+    name = train.tokenizer_name or train.model_name
+    right = model is not None or train.tokenizer_name is not None
+    found = None if name is None else read_tokenizer(name, flag, config_is_right=right)
+    if found is None and train.dataset != "synthetic_dataset":
         raise UserError(
             f"{flag} {name}: no tokenizer there (tokenizer.json or tokenizer.model); "
             "give a folder that has one with --tokenizer_name"
         )
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{flag} {name}: its tokenizer cannot be read ({type(error).__name__}: {_first_line(error)})"
-        ) from None
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +153,8 @@ class _Model:
     config: LlamaConfig
     config_json: dict[str, Any]
     weights: HfFolder | None
-    lora: lora.LoraSettings | None
-    adapter: Path | None
+    adapter: peft.Settings | None
+    adapter_folder: Path | None
 
     @classmethod
     def read(cls, cfg: RunConfig) -> _Model:
@@ -161,78 +163,60 @@ class _Model:
         flag = "--random_init" if train.random_init else "--model_name"
         folder = resolve(str(train.random_init or train.model_name), flag) if not _is_json(train.random_init) else None
         file = Path(str(train.random_init)) if folder is None else folder / "config.json"
-        raw = read_json(file)
+        raw = read_json(file, remedy="mend it, or copy or download it again")
         if raw is None:
             raise UserError(
                 f"{flag} {file.parent}: no config.json there; expected a Hugging Face folder of a Llama model"
             )
-        config = problems.ask(lambda: LlamaConfig.from_dict(raw))
+        config = problems.ask(lambda: LlamaConfig.from_dict(raw, str(file)))
         weights = None if train.random_init or folder is None else problems.ask(lambda: HfFolder(folder))
-        settings, adapter = problems.ask(lambda: _adapter(cfg)) or (None, None)
+        settings, adapter_folder = problems.ask(lambda: adapters.chosen(cfg, config)) or (None, None)
         raise_if(problems.found)
         assert config is not None
-        return cls(config, raw, weights, settings, adapter)
+        return cls(config, raw, weights, settings, adapter_folder)
 
 
 def _is_json(random_init: str | None) -> bool:
     return random_init is not None and Path(random_init).is_file()
 
 
-def _adapter(cfg: RunConfig) -> tuple[lora.LoraSettings | None, Path | None]:
-    """LoRA settings: the flags', or the saved adapter's, which win; a typed flag at odds with them is an error."""
-    if not cfg.train_config.use_peft:
-        return None, None
-    section = cfg.lora_config
-    typed = lora.LoraSettings(
-        r=section.r,
-        lora_alpha=section.lora_alpha,
-        target_modules=section.target_modules,
-        lora_dropout=section.lora_dropout,
-        use_rslora=section.use_rslora,
-        modules_to_save=section.modules_to_save,
-    )
-    name = cfg.train_config.from_peft_checkpoint
-    if not name:
-        return typed, None
-    folder = resolve(name, "--from_peft_checkpoint")
-    saved = lora.settings_from(read_adapter_config(folder), str(folder / "adapter_config.json"))
-    names = ("r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "modules_to_save")
-    raise_if(
-        f"--lora_config.{n} {getattr(typed, n)}: {folder} was trained with {getattr(saved, n)}; "
-        "leave the flag out to go on with it"
-        for n in names
-        if cfg.typed(f"lora_config.{n}") and _norm(getattr(typed, n)) != _norm(getattr(saved, n))
-    )
-    return saved, folder
-
-
-def _norm(value: Any) -> Any:
-    return frozenset(value) if isinstance(value, tuple) else value
-
-
 def _grown(cfg: RunConfig, model: _Model, tokenizer: Any | None, problems: _Problems) -> LlamaConfig:
     """The config with as many embedding rows as the tokenizer has tokens, as in the original."""
     have = model.config.vocab_size
-    want = have if tokenizer is None else len(tokenizer)
-    if want <= have:
+    if tokenizer is None or len(tokenizer) <= have:
         return model.config
-    if model.lora is not None and not {"embed_tokens", "lm_head"} <= set(model.lora.modules_to_save):
+    want = len(tokenizer)
+    saved = getattr(model.adapter, "modules_to_save", ())
+    if model.adapter is not None and not {"embed_tokens", "lm_head"} <= set(saved):
         problems.found.append(
-            f"tokenizer: {want} tokens, but the model's embedding has {have} rows; with LoRA the new rows are trained "
-            "and kept only with --modules_to_save embed_tokens,lm_head; add that flag, or use the model's own tokenizer"
+            f"{tokenizer.name_or_path}: the tokenizer has {want} tokens, and the model's embedding {have} rows; with "
+            "an adapter the new rows are trained and kept only with --peft_method lora and --modules_to_save "
+            "embed_tokens,lm_head: add these flags, or use the model's own tokenizer"
         )
     return replace(model.config, vocab_size=want)
 
 
-def _model_problems(model: _Model) -> list[str]:
-    """Weights against the config, adapters' targets against the layers."""
+def _model_problems(cfg: RunConfig, model: _Model) -> list[str]:
+    """Weights against the config, adapters' targets against the layers, a saved adapter against both."""
     skeleton = LlamaForCausalLM(model.config, dtype=torch.float32, device=torch.device("meta"))
     found: list[str] = []
     if model.weights is not None:
         found += model.weights.problems(_expected(skeleton, model))
-    if model.lora is not None:
-        found += lora.problems(skeleton, model.lora)
+    if model.adapter is not None:
+        found += adapters.problems(cfg, skeleton, model.adapter, model.adapter_folder)
+    layers, frozen = model.config.num_hidden_layers, cfg.train_config.num_freeze_layers
+    if cfg.train_config.freeze_layers and model.adapter is None and frozen > layers:
+        place = cfg.place("train_config.num_freeze_layers")
+        found.append(f"{place}: expected at most the model's {layers} decoder layers, found {frozen}")
     return found
+
+
+def _attention_problems(cfg: RunConfig, model: _Model, place: Place | None) -> list[str]:
+    """Why the forced kernel cannot run on this machine's device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if place is None else place.device
+    dtype = weight_dtype(cfg, device)
+    wrong = attention_choice.problems(cfg.train_config.attention, device, dtype, model.config.head_dim)
+    return [f"{cfg.place('train_config.attention')} {problem}" for problem in wrong]
 
 
 def _expected(skeleton: LlamaForCausalLM, model: _Model) -> dict[str, tuple[int, ...]]:
@@ -257,10 +241,20 @@ def _tokenize(cfg: RunConfig, split: Split, tokenizer: Any, vocab_size: int) -> 
     )
 
 
-def _collator(cfg: RunConfig, tokenizer: Any) -> custom.Collator | None:
+def _collator(cfg: RunConfig, tokenizer: Any | None, rows: Tokens | None) -> custom.Collator | None:
+    """The collator of the user's file, if it has one, tried on the first of `rows`."""
     if cfg.train_config.dataset != "custom_dataset":
         return None
-    return custom.collator(cfg.custom_dataset, tokenizer)
+    collator = custom.collator(cfg.custom_dataset, tokenizer)
+    typed = "train_config.batching_strategy"
+    if collator is not None and cfg.typed(typed) and cfg.train_config.batching_strategy == "packing":
+        raise UserError(
+            f"{cfg.place(typed)} packing: {cfg.custom_dataset.file} has a get_data_collator, which makes padded rows; "
+            "leave the flag out or give padding"
+        )
+    if collator is not None and rows is not None:
+        collated(rows, np.arange(min(rows.rows, 2)), collator)
+    return collator
 
 
 def _inputs(cfg: RunConfig, model: _Model, tokenizer: Any, tokens: dict[str, Tokens], collator: Any) -> Inputs:
@@ -273,8 +267,8 @@ def _inputs(cfg: RunConfig, model: _Model, tokenizer: Any, tokens: dict[str, Tok
         train=tokens["train"],
         validation=validation,
         collator=collator,
-        lora=model.lora,
         adapter=model.adapter,
+        adapter_folder=model.adapter_folder,
         pad_id=_pad_id(tokenizer, model.config.vocab_size),
         fingerprint={
             **_settings(cfg),
@@ -296,6 +290,15 @@ NOT_SETTINGS = {
     "dist_checkpoint_root_folder",
     "dist_checkpoint_folder",
     "grace_seconds",
+    "save_steps",
+    "save_optimizer",
+    "checkpoint_type",
+    "save_metrics",
+    "use_wandb",
+    "flop_counter",
+    "flop_counter_start",
+    "use_profiler",
+    "profiler_dir",
 }
 """Flags that change where and how a run happens, and not what it computes."""
 
@@ -303,9 +306,9 @@ NOT_SETTINGS = {
 def _settings(cfg: RunConfig) -> dict[str, Any]:
     """What makes a run this run, by flag: values as JSON keeps them, of the sections that count."""
     return {
-        f"--{field.section}.{field.name}": list(field.value) if isinstance(field.value, tuple) else field.value
+        flag(f"{field.section}.{field.name}"): list(field.value) if isinstance(field.value, tuple) else field.value
         for field in fields_of(cfg)
-        if cfg.active(field.section) and field.name not in NOT_SETTINGS
+        if cfg.active(field.section) and field.section != "wandb_config" and field.name not in NOT_SETTINGS
     }
 
 
@@ -315,16 +318,22 @@ def _pad_id(tokenizer: Any | None, vocab_size: int) -> int:
     return int(pad) if pad is not None and 0 <= pad < vocab_size else 0
 
 
-def _output_problems(root: Path) -> list[str]:
-    """Whether the results can be written."""
-    there = root
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir():
-        return [f"--output_dir {root}: {there} is a file; expected a folder"]
-    if not os.access(there, os.W_OK):
-        return [f"--output_dir {root}: {there} cannot be written to; choose another folder or change its rights"]
-    return []
+def _folder_problems(cfg: RunConfig) -> list[str]:
+    """Whether results and checkpoints can be written."""
+    found, root = folder_problems(output_root(cfg)), cfg.train_config.dist_checkpoint_root_folder
+    return (
+        found
+        if root is None
+        else [*found, *unwritable(checkpoint_root(cfg), Path(root), "--dist_checkpoint_root_folder")]
+    )
+
+
+def _sharding_problems(cfg: RunConfig, place: Place) -> list[str]:
+    """Whether the groups of --hsdp make up the ranks there are."""
+    fsdp = cfg.fsdp_config
+    ranks = (place.world_size, place.local_world_size)
+    wrong = parallelize.problems(*ranks, fsdp.sharding_strategy, fsdp.sharding_group_size, fsdp.replica_group_size)
+    return [f"--hsdp: {problem}" for problem in wrong]
 
 
 def _leave(found: Inputs) -> Path:
@@ -338,10 +347,11 @@ def _leave(found: Inputs) -> Path:
 
 def _follow(cfg: RunConfig, folder: Path) -> Inputs:
     """What the leader found right, opened again: small files are read twice, tokens are mapped."""
-    model, tokenizer = _Model.read(cfg), read_tokenizer(cfg)
+    model = _Model.read(cfg)
+    tokenizer = _tokenizer(cfg, model)
     tokens = {split: Tokens.open(folder / split) for split in ("train", "validation") if (folder / split).exists()}
     model = replace(model, config=_grown(cfg, model, tokenizer, _Problems()))
-    return _inputs(cfg, model, tokenizer, tokens, _collator(cfg, tokenizer))
+    return _inputs(cfg, model, tokenizer, tokens, _collator(cfg, tokenizer, None))
 
 
 def _forget(folder: Path, place: Place) -> None:
@@ -351,7 +361,3 @@ def _forget(folder: Path, place: Place) -> None:
         for rank in range(place.rank, place.rank + place.local_world_size):
             place.wait_for(f"mapped/{rank}")
         shutil.rmtree(folder)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]

@@ -65,6 +65,11 @@ def stops_at_sigusr1() -> None:
     time.sleep(60)
 
 
+def stopped_alone() -> None:
+    time.sleep(0.0 if RANK == 0 else 60)
+    sys.exit(75)
+
+
 def has_no_handler_yet() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     ready()

@@ -40,7 +40,9 @@ PRELOAD = [
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
-    "packtrain.distributed.place",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "packtrain.preflight",
     "pytest",
 ]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}

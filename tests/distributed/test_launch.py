@@ -144,7 +144,15 @@ def test_signals_reach_every_worker(
     run.kill(number)
     ended, text = run.end(20)
     assert ended == code
-    assert ("had not ended 0.5 s after SIGTERM" in text) == (code == 1)
+    assert ("had not ended 0.5 s after a signal to stop" in text) == (code == 1)
+    assert not run.alive()
+
+
+def test_one_that_was_stopped_alone_does_not_leave_the_others_waiting(launch: Callable[..., Launched]) -> None:
+    run = launch("stopped_alone", grace=0.5)
+    ended, text = run.end(20)
+    assert ended == 1
+    assert "rank 1 had not ended 0.5 s" in text
     assert not run.alive()
 
 

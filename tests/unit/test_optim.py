@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -168,6 +170,19 @@ def test_state_can_be_restored() -> None:
         optimizer.step(FINE)
     assert same(snapshot(first), snapshot(second))
     assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_outlives_its_model(dtype: torch.dtype) -> None:
+    """A hook that held its parameter would keep both for ever: the garbage collector cannot see through it."""
+    net = model(dtype)
+    optimizer = Optimizer(dict(net.named_parameters()), lr=0.1)
+    backward(net, 0)
+    optimizer.step(FINE)
+    left = weakref.ref(next(net.parameters()))
+    del net, optimizer
+    gc.collect()
+    assert left() is None
 
 
 def test_nothing_to_train_is_an_error() -> None:

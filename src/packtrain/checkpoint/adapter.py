@@ -24,8 +24,9 @@ from packtrain.checkpoint.tensorfile import DTYPES, BadFile, Slot, TensorWriter,
 from packtrain.distributed.parallelize import gather, local_rows
 from packtrain.errors import Fault, UserError, raise_if
 from packtrain.model.linear import layout
-from packtrain.peft.lora import PREFIX, LocalRows, Saved, adapter_tensors
+from packtrain.peft import adapter_tensors
 from packtrain.peft.targets import ties
+from packtrain.peft.tensors import PREFIX, LocalRows, Saved
 
 _BASE = ".base_layer."
 
@@ -42,7 +43,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             raise ValueError(leads_out)
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error}); save, copy or download the adapter again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object such as peft writes")
     return config
@@ -69,14 +70,16 @@ def load_adapter(model: nn.Module, folder: Path, local_rows: LocalRows = local_r
     with safe_open(str(path), framework="pt", device="cpu") as file:
         for name, saved in adapter_tensors(model).items():
             twin = filled.setdefault(saved, name)
-            local, rows = _mine(file, name, saved, local_rows(parameters[saved.parameter]))
-            if twin == name:
-                local.copy_(rows)
-            elif not torch.equal(rows, _mine(file, twin, saved, local_rows(parameters[saved.parameter]))[1]):
-                raise UserError(
-                    f"{path}: {twin} and {name} differ, and in this model they are one weight (tie_word_embeddings); "
-                    "such an adapter, trained with the two apart, cannot be continued here"
-                )
+            for place, ours in enumerate(saved.parameters):
+                held = local_rows(parameters[ours])
+                local, rows = _mine(file, name, saved, held, place)
+                if twin == name:
+                    local.copy_(rows)
+                elif not torch.equal(rows, _mine(file, twin, saved, held, place)[1]):
+                    raise UserError(
+                        f"{path}: {twin} and {name} differ, and in this model they are one weight "
+                        "(tie_word_embeddings); such an adapter, trained with the two apart, cannot be continued here"
+                    )
         for name, saved in _base_copies(model, file.keys()).items():
             local, rows = _mine(file, name, saved, local_rows(parameters[saved.parameter]))
             if not torch.allclose(local.float().cpu(), rows.float(), rtol=2**-7, atol=1e-6):
@@ -115,13 +118,14 @@ def _gathered(model: nn.Module, keep: bool) -> dict[str, Tensor]:
         raise ValueError("the model has no adapter to save")
     names: dict[str, list[str]] = {}
     for name, saved in table.items():
-        names.setdefault(saved.parameter, []).append(name)
-    tensors: dict[str, Tensor] = {}
+        for ours in saved.parameters:
+            names.setdefault(ours, []).append(name)
+    columns: dict[str, list[Tensor]] = {}
     for ours, theirs in names.items():
         whole = gather(parameters[ours])
-        if keep:
-            tensors |= {name: whole[table[name].start : table[name].stop].float().cpu() for name in theirs}
-    return tensors
+        for name in theirs if keep else ():
+            columns.setdefault(name, []).append(whole[table[name].start : table[name].stop].float().cpu())
+    return {name: parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for name, parts in columns.items()}
 
 
 def _write_config(out: Path, config: Mapping[str, Any]) -> None:
@@ -166,7 +170,7 @@ def _slots(folder: Path) -> dict[str, Slot]:
 def _fit(model: nn.Module, slots: Mapping[str, Slot], path: Path) -> list[str]:
     table = adapter_tensors(model)
     parameters = dict(model.named_parameters())
-    wanted = {name: (s.stop - s.start, *parameters[s.parameter].shape[1:]) for name, s in table.items()}
+    wanted = {name: _shape(saved, parameters) for name, saved in table.items()}
     copies = _base_copies(model, slots)
     wanted_copies = {name: tuple(parameters[s.parameter].shape) for name, s in copies.items()}
     missing = [name for name in wanted if name not in slots]
@@ -202,11 +206,21 @@ def _base_copies(model: nn.Module, names: Iterable[str]) -> dict[str, Saved]:
     return {name: places[theirs] for name, theirs in found.items() if theirs in places}
 
 
-def _mine(file: Any, name: str, saved: Saved, held: tuple[Tensor, int]) -> tuple[Tensor, Tensor]:
-    """The part of `held` (a rank's rows, the first one's number) that is the tensor's, and the file's rows for it."""
+def _shape(saved: Saved, parameters: Mapping[str, Tensor]) -> tuple[int, ...]:
+    rows, columns = saved.stop - saved.start, parameters[saved.parameter].shape[1:]
+    return (rows, len(saved.parameters) * columns[0]) if saved.beside else (rows, *columns)
+
+
+def _mine(file: Any, name: str, saved: Saved, held: tuple[Tensor, int], place: int = 0) -> tuple[Tensor, Tensor]:
+    """The part of `held` (a rank's rows, the first one's number) that is the tensor's, and the file's values for it.
+
+    `held` is of the tensor's parameter number `place`, from left to right.
+    """
     local, first = held
     start = max(first, saved.start)
     stop = max(start, min(first + local.shape[0], saved.stop))
-    whole = file.get_slice(name)
-    rows = whole[start - saved.start : stop - saved.start] if stop > start else torch.empty(0, *local.shape[1:])
-    return local[start - first : stop - first], rows
+    mine = local[start - first : stop - first]
+    if stop <= start:
+        return mine, torch.empty(mine.shape)
+    columns = (slice(place * mine.shape[1], (place + 1) * mine.shape[1]),) if saved.beside else ()
+    return mine, file.get_slice(name)[(slice(start - saved.start, stop - saved.start), *columns)]

@@ -99,6 +99,10 @@ class HfFolder:
                     digest.update(file.read(_SAMPLE))
         return digest.hexdigest()
 
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.path / self._shard[name]
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, on the CPU, in the file's dtype; nothing else of it is read."""
         slot = self.slots[name]

@@ -29,9 +29,11 @@ from packtrain.checkpoint.publish import CONFIG, SHARD_BYTES, Publication, shard
 from packtrain.checkpoint.tensorfile import DTYPES
 from packtrain.distributed.parallelize import gather, local_rows
 from packtrain.errors import Fault, UserError, raise_if
+from packtrain.model.fast import staged
 from packtrain.model.linear import Piece, layout
-from packtrain.peft.lora import LocalRows, saved_layout
+from packtrain.peft.lora import saved_layout
 from packtrain.peft.targets import ties
+from packtrain.peft.tensors import LocalRows
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -83,10 +85,11 @@ def load_model(model: nn.Module, folder: HfFolder, local_rows: LocalRows = local
         local, first = local_rows(parameters[ours])
         if local.is_meta:
             raise ValueError(f"{ours} is still on meta: give the model memory before its weights")
-        for piece in pieces:
-            _fill(local, first, piece, folder)
-            if ours in twins:
-                _check_twin(local, first, piece, twins[ours], folder)
+        with staged(model, ours, local) as target:
+            for piece in pieces:
+                _fill(target, first, piece, folder)
+                if ours in twins:
+                    _check_twin(target, first, piece, twins[ours], folder)
     return [
         f"{name} grew from {old:,} to {expected[name][0]:,} rows; each new row is the mean of the old"
         for name, old in grown.items()
@@ -126,7 +129,7 @@ def save_model(
         except OSError as error:
             failure = error
     if publication is not None:
-        _finish(publication, out, failure, _config(config_json, shapes, dtype))
+        _finish(publication, out, failure, config_of(config_json, shapes, dtype))
 
 
 def copy_side_files(source: Path, out: Path) -> None:
@@ -216,7 +219,8 @@ def _check_twin(local: Tensor, first: int, piece: Piece, twin: str, folder: HfFo
         )
 
 
-def _config(config_json: Mapping[str, Any], shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, Any]:
+def config_of(config_json: Mapping[str, Any], shapes: Mapping[str, Shape], dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of a model of these tensors in this dtype."""
     name = str(dtype).removeprefix("torch.")
     # transformers 5 reads dtype, 4 and most servers torch_dtype
     return {**config_json, "dtype": name, "torch_dtype": name, "vocab_size": shapes[TABLES[0]][0]}

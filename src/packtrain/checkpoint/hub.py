@@ -6,12 +6,15 @@ Only configuration, tokenizer and safetensors are ever fetched: no code, no pick
 from __future__ import annotations
 
 import os
+import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
@@ -29,22 +32,34 @@ def resolve(name: str, flag: str) -> Path:
     cannot be reached.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike pathlib's, no error for a name that is too long
         return path
-    if path.is_file():
-        raise UserError(
-            f"{flag} {name}: is a file; expected a folder (config.json, tokenizer, safetensors) or a hub id"
-        )
+    if os.path.isfile(path):
+        raise UserError(f"{flag} {name}: is a file; expected {_expected(flag)}")
     if not _looks_like_hub_id(name):
-        raise UserError(
-            f"{flag} {name}: no such folder; expected a Hugging Face folder or a hub id such as meta-llama/Llama-3.1-8B"
-        )
+        raise UserError(f"{flag} {name}: no such folder{_nearest(path)}; expected {_expected(flag)}")
     return _from_hub(name, flag)
 
 
+def _expected(flag: str) -> str:
+    holds = {
+        "--random_init": "config.json",
+        "--tokenizer_name": "tokenizer.json",
+        "--from_peft_checkpoint": "adapter_config.json and adapter_model.safetensors",
+        "--peft_model": "adapter_config.json and adapter_model.safetensors",
+    }
+    return f"a folder with {holds.get(flag, 'config.json, tokenizer and safetensors')}, or a hub id (OWNER/NAME)"
+
+
+def _nearest(path: Path) -> str:
+    """A folder beside the missing one whose name is like its, as a question."""
+    there = [beside.name for beside in path.parent.glob("*") if beside.is_dir()] if path.parent.is_dir() else []
+    like = get_close_matches(path.name, there, n=1)
+    return f" (did you mean {path.with_name(like[0])}?)" if like else ""
+
+
 def _looks_like_hub_id(name: str) -> bool:
-    words = name.split("/")
-    return len(words) == 2 and all(words) and not name.startswith((".", "~", "/"))
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII) is not None
 
 
 def _from_hub(name: str, flag: str) -> Path:
@@ -52,9 +67,14 @@ def _from_hub(name: str, flag: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=WANTED, local_files_only=True))
     except LocalEntryNotFoundError:
         pass
+    except HFValidationError:
+        raise UserError(f"{flag} {name}: no such folder, and no hub id; expected {_expected(flag)}") from None
     fetch = f"fetch it where there is a network with `hf download {name}`, or give a local folder"
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
-        raise UserError(f"{flag} {name}: not in the local cache, and HF_HUB_OFFLINE is set; unset it, or {fetch}")
+        raise UserError(
+            f"{flag} {name}: neither a folder here nor a hub id in the local cache, and HF_HUB_OFFLINE is set; "
+            f"unset it, or {fetch}"
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED))
     except GatedRepoError:

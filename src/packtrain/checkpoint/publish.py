@@ -17,7 +17,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,9 +65,11 @@ class Publication:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor."""
-        if self._writer is None or self._writer.full:
-            self._writer = self._next_file()
-        self._writer.add(name, tensor)
+        self._open().add(name, tensor)
+
+    def add_rows(self, name: str, shape: tuple[int, ...], blocks: Iterable[Tensor]) -> None:
+        """Write the next tensor in blocks of rows."""
+        self._open().add_rows(name, shape, blocks)
 
     def commit(self, config: Mapping[str, Any]) -> None:
         """Make what was added the folder's model, with `config` as its config.json."""
@@ -93,6 +95,12 @@ class Publication:
         for name in self._staged:
             if name not in text:
                 (self._out / name).unlink(missing_ok=True)
+
+    def _open(self) -> TensorWriter:
+        """The file that the next tensor goes into."""
+        if self._writer is None or self._writer.full:
+            self._writer = self._next_file()
+        return self._writer
 
     def _next_file(self) -> TensorWriter:
         if self._file is None:

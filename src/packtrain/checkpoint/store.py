@@ -1,6 +1,7 @@
 """A run's folder: whose it is, what it holds, and the file that says how the run stands.
 
-    claim           may this run use the folder? new, finished already, or not without a flag
+    folder_problems whether results can go there at all, before there are any
+    claim           may this run use the folder? new, to go on with, finished already, or not without a flag
     ResultFile      run/result.json, from the first second to the last; its thread says every 20 s that the run lives
     write_json      how small files are replaced: temporary file, fsync, rename
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -20,11 +22,18 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from packtrain import log
+from packtrain.checkpoint.dcp_folder import put_away, read_state, set_aside, steps, sweep, verify
 from packtrain.checkpoint.files import write_text
 from packtrain.errors import UserError
 
 HEARTBEAT_SECONDS = 20.0
 DEAD_AFTER_SECONDS = 120.0
+
+RUN, RESULT = "run", "result.json"
+
+SHOWN = 8
+"""Differences between two runs that a message lists before it counts."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -32,61 +41,134 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`, or None if there is no such file."""
+def read_json(path: Path, remedy: str = "move it away, or choose another --output_dir") -> dict[str, Any] | None:
+    """The object in `path`, or None if there is no such file. Raises UserError, ending in `remedy`, if it is broken."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: not a JSON file that packtrain wrote ({error}); move it away or choose another --output_dir"
-        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object; move it away or choose another --output_dir")
+        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}; {remedy}")
     return value
+
+
+def folder_problems(root: Path) -> list[str]:
+    """Whether results can be written into `root`, which need not be there yet, and nobody writes there now."""
+    if problems := unwritable(root / RUN, root, "--output_dir"):
+        return problems
+    try:
+        result = read_json(root / RUN / RESULT)
+    except UserError as error:
+        return error.problems
+    owner = None if result is None else _living_owner(root, result)
+    return [] if owner is None else [owner]
+
+
+def unwritable(folder: Path, told: Path, flag: str) -> list[str]:
+    """A sentence if nothing can be written into `folder`, there or not yet; it names `told`, which `flag` gave."""
+    there, remedy = folder, f"give another folder with {flag}"
+    try:
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            return [f"{flag} {told}: {there} is a file, expected a folder; {remedy}"]
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        return [f"{flag} {told}: {there} cannot be written to ({error.strerror}); {remedy}, or change its rights"]
+    return []
 
 
 class Claim(Enum):
     """What a folder means for the run that asks for it."""
 
     NEW = "new"
+    RESUME = "resume"
+    """The newest of the checkpoints is this run's, and whole."""
     FINISHED = "finished"
 
 
-def claim(root: Path, fingerprint: Mapping[str, Any], *, overwrite: bool) -> Claim:
+SPLIT = ("--batch_size_training", "--gradient_accumulation_steps")
+"""Settings that only split a step's rows: another number of ranks, and the same rows a step, is the same run."""
+
+
+def claim(
+    root: Path,
+    fingerprint: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    checkpoints: Path | None = None,
+    step_items: int = 0,
+) -> Claim:
     """Decide on the folder; called by one rank. Moves an older `run/` to `run.old-N` where the new run starts afresh.
 
     `fingerprint` maps the names of settings, data and weights to values that are equal if and only if those are.
-    Raises UserError if another run owns the folder, or a finished one with other settings does.
+    `checkpoints` is where steps are, of `step_items` rows (packs) each if nothing is to be gone on with.
+    Raises UserError if another run owns the folder, or a finished or resumable one with other settings does.
     """
-    run = root / "run"
-    result = read_json(run / "result.json")
-    if result is None:
-        _set_aside(run)
-        return Claim.NEW
-    if result.get("status") == "running":
-        _refuse_living_owner(root, result)
+    run = root / RUN
+    result = read_json(run / RESULT)
+    if result is not None and result.get("status") == "running":
+        if owner := _living_owner(root, result):
+            raise UserError(owner)
         result |= {"status": "failed", "reason": "the process ended without a word (found dead by the next run)"}
-        write_json(run / "result.json", result)
-    if result.get("status") == "done" and not overwrite:
+        write_json(run / RESULT, result)
+    if result is not None and result.get("status") == "done" and not overwrite:
         differs = differences(result.get("fingerprint", {}), fingerprint)
         if not differs:
             return Claim.FINISHED
         raise UserError(
-            f"--output_dir {root}: holds a finished run with other settings ({'; '.join(differs)}); "
+            f"--output_dir {root}: holds a finished run with other settings ({_listed(differs)}); "
             "choose another folder, or pass --overwrite_output_dir to train there again"
         )
+    if checkpoints is not None and not overwrite and (found := _resumable(checkpoints)) is not None:
+        folder, state = found
+        if not checkpoints.resolve().is_relative_to(root.resolve()) and state["root"] != str(root.resolve()):
+            raise UserError(
+                f"{checkpoints}: holds checkpoints of the run in {state['root']}, and --output_dir is {root}; give "
+                "another --dist_checkpoint_folder, or pass --overwrite_output_dir to put them away"
+            )
+        if differs := _unlike(state, fingerprint, step_items):
+            raise UserError(
+                f"--output_dir {root}: holds an unfinished run with other settings ({_listed(differs)}), which can go "
+                f"on from {folder}; use its settings or another folder, or pass --overwrite_output_dir to begin again"
+            )
+        return Claim.RESUME
     _set_aside(run)
+    if checkpoints is not None and (old := put_away(checkpoints)) is not None:
+        log.say(f"checkpoints of an earlier run are now in {old}")
     return Claim.NEW
 
 
+def _resumable(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
+    """(folder, state) of the newest step that is whole. What is newer and is not is moved out of the way."""
+    sweep(checkpoints)
+    for folder in reversed(steps(checkpoints).values()):
+        if not (problems := verify(folder)):
+            return folder, read_state(folder)
+        log.say(f"{problems[0]}; moved to {set_aside(folder)}, and an older checkpoint is used if there is one")
+    return None
+
+
+def _unlike(state: Mapping[str, Any], fingerprint: Mapping[str, Any], step_items: int) -> list[str]:
+    """What makes a checkpoint another run's."""
+    old = state["fingerprint"]
+    differs = differences(*({k: v for k, v in side.items() if k not in SPLIT} for side in (old, fingerprint)))
+    if step_items != state["step_items"] and (
+        split := differences(*({k: s.get(k) for k in SPLIT} for s in (old, fingerprint)))
+    ):
+        differs.append(f"rows of a step: {state['step_items']} then, {step_items} now ({', '.join(split)})")
+    return differs
+
+
 def record_failure(root: Path, reason: str) -> None:
-    """Say in result.json that a run ended before it began; another run's word in the folder is left alone."""
-    file = root / "run" / "result.json"
-    if read_json(file) is None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"status": "failed", "step": 0, "reason": reason, **_signature()})
+    """Say in result.json why a run could not begin; nothing where an earlier one did, or where none can."""
+    run = root / RUN
+    if not folder_problems(root) and (_never_began(run) or not (run / RESULT).exists()):
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / RESULT, {"status": "failed", "step": 0, "reason": reason, **_signature()})
 
 
 def _signature() -> dict[str, Any]:
@@ -99,24 +181,36 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {old.get(name)} then, {new.get(name)} now" for name in names if old.get(name) != new.get(name)]
 
 
-def _refuse_living_owner(root: Path, result: Mapping[str, Any]) -> None:
+def _listed(differs: list[str]) -> str:
+    more = len(differs) - SHOWN
+    return "; ".join(differs[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _living_owner(root: Path, result: Mapping[str, Any]) -> str | None:
+    """A sentence about the process that uses the folder now; None if there is none."""
+    if result.get("status") != "running":
+        return None
     host, pid = str(result.get("host")), int(result.get("pid", 0))
     age = time.time() - float(result.get("updated_at", 0.0))
-    here = host == socket.gethostname()
-    alive = age < DEAD_AFTER_SECONDS and not (here and not _process_exists(pid))
-    if alive:
-        raise UserError(
-            f"--output_dir {root}: in use by process {pid} on {host}, last heard of {age:.0f} s ago; "
-            "wait for it, end it, or choose another folder"
-        )
+    if age >= DEAD_AFTER_SECONDS or (host == socket.gethostname() and not _process_exists(pid)):
+        return None
+    return (
+        f"--output_dir {root}: in use by process {pid} on {host}, last heard of {age:.0f} s ago; "
+        "wait for it, end it, or choose another folder"
+    )
 
 
 def _process_exists(pid: int) -> bool:
     return pid > 0 and Path(f"/proc/{pid}").exists()
 
 
+def _never_began(run: Path) -> bool:
+    """Whether all that is known of the last run is why it could not start."""
+    return [path.name for path in run.glob("*")] == [RESULT] and "fingerprint" not in (read_json(run / RESULT) or {})
+
+
 def _set_aside(run: Path) -> None:
-    if not run.exists():
+    if not run.exists() or _never_began(run):
         return
     number = 1
     while (old := run.with_name(f"run.old-{number}")).exists():

@@ -1,17 +1,18 @@
 """One safetensors file: its header read with suspicion, a new one written as a stream.
 
     read_header     path -> {tensor: Slot}; raises BadFile with a sentence about what is wrong
+    TensorFile      rows of its tensors, read into memory of one's own
     TensorWriter    writes tensors one by one into a file whose header is known beforehand
 
 Format (github.com/huggingface/safetensors): 8 bytes length of the header, little-endian; the header, JSON; the
-tensors' bytes, which `data_offsets` tile without gaps. Reading rows is left to the safetensors library.
+tensors' bytes, which `data_offsets` tile without gaps.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,7 +25,11 @@ MAX_HEADER = 100_000_000
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """What weights may be stored as."""
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STORED = DTYPES | {"F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
+"""What an optimizer's state may be stored as besides."""
+
+NAMES = {dtype: name for name, dtype in STORED.items()}
+"""torch's dtype -> safetensors' word for it."""
 
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -125,28 +130,70 @@ def _check_tiles(slots: dict[str, Slot], available: int, before: int) -> None:
         )
 
 
+class TensorFile:
+    """Tensors of one file by rows. Bytes are read, not mapped: what is in memory is what was asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises BadFile, or OSError."""
+        self.slots = read_header(path)
+        self._file = path.open("rb", buffering=0)
+        self._data = 8 + int.from_bytes(self._file.read(8), "little")
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor (the number itself of a 0-dim one), on the CPU, in the file's dtype."""
+        slot = self.slots[name]
+        shape = (stop - start, *slot.shape[1:]) if slot.shape else ()
+        rows = torch.empty(shape, dtype=STORED[slot.dtype])
+        row_bytes = math.prod(shape[1:]) * rows.element_size()
+        into = rows.view(-1).view(torch.uint8).numpy().data
+        self._file.seek(self._data + slot.start + start * row_bytes)
+        while into.nbytes:
+            count = self._file.readinto(into)
+            if not count:
+                raise OSError(f"{self._file.name}: ends within {name}; copy it again")
+            into = into[count:]
+        return rows
+
+
 class TensorWriter:
     """A safetensors file written front to back: one tensor in memory at a time, whatever the file's size."""
 
-    def __init__(self, file: BinaryIO, tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> None:
-        self._file, self._dtype = file, dtype
+    def __init__(
+        self,
+        file: BinaryIO,
+        tensors: Sequence[tuple[str, tuple[int, ...]]],
+        dtype: torch.dtype | Mapping[str, torch.dtype],
+    ) -> None:
+        """`dtype`: of all tensors, or of each by name."""
+        self._file = file
         self._left = list(tensors)
+        self._dtypes = {name: dtype if isinstance(dtype, torch.dtype) else dtype[name] for name, _ in tensors}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, shape in tensors:
-            start, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            kind = self._dtypes[name]
+            start, end = end, end + math.prod(shape) * kind.itemsize
+            header[name] = {"dtype": NAMES[kind], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         file.write(len(text).to_bytes(8, "little") + text)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor (any device and float dtype); it must be the one that the header has next."""
-        if (name, tuple(tensor.shape)) != self._left[0]:
-            raise ValueError(f"got {name} {list(tensor.shape)}, the file's next tensor is {self._left[0]}")
+        """Write the next tensor (any device and dtype); it must be the one that the header has next."""
+        self.add_rows(name, tuple(tensor.shape), [tensor])
+
+    def add_rows(self, name: str, shape: tuple[int, ...], blocks: Iterable[Tensor]) -> None:
+        """Write the next tensor in blocks of rows: no more than one of them need be in memory."""
+        if (name, shape) != self._left[0]:
+            raise ValueError(f"got {name} {list(shape)}, the file's next tensor is {self._left[0]}")
         del self._left[0]
-        plain = tensor.detach().to(device="cpu", dtype=self._dtype).contiguous()
-        self._file.write(plain.view(-1).view(torch.uint8).numpy().data)
+        count = 0
+        for block in blocks:
+            plain = block.detach().to(device="cpu", dtype=self._dtypes[name]).contiguous()
+            self._file.write(plain.view(-1).view(torch.uint8).numpy().data)
+            count += plain.numel()
+        if count != math.prod(shape):
+            raise ValueError(f"{name}: {count} elements were given, its shape {list(shape)} has {math.prod(shape)}")
 
     @property
     def full(self) -> bool:

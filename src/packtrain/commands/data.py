@@ -20,7 +20,7 @@ SHOWN = 3
 
 def run(cfg: RunConfig, argv: Sequence[str]) -> int:
     """Read and check the data as the run would. Raises UserError with every problem."""
-    found = preflight.examine(cfg)
+    found = preflight.examine(cfg, writes=False)
     for line in found.lines():
         log.say(line)
     tokens, tokenizer = found.inputs.train, found.inputs.tokenizer

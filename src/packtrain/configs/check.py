@@ -102,7 +102,7 @@ def _model(cfg: RunConfig) -> Iterator[Problem]:
         yield _wrong(
             cfg, random, f"draws the weights that {cfg.place(model)} would read; expected one of the two", model
         )
-    if train.random_init is not None and train.tokenizer_name is None and train.dataset != "synthetic_dataset":
+    elif train.random_init is not None and train.tokenizer_name is None and train.dataset != "synthetic_dataset":
         yield _wrong(
             cfg,
             "train_config.tokenizer_name",
@@ -124,11 +124,8 @@ def _adapter(cfg: RunConfig) -> Iterator[Problem]:
         if asked and not train.use_peft:
             yield _wrong(cfg, dotted, f"trains an adapter (found {shown(cfg.get(dotted))}); add --use_peft", use_peft)
     if train.use_peft and train.peft_method is None:
-        method = "train_config.peft_method"
-        yield _wrong(cfg, method, "expected lora, found None: --use_peft needs something to train", use_peft)
-    if train.use_peft and train.freeze_layers:
-        text = "is for full fine-tuning; an adapter leaves every layer as it is: leave out one of the two"
-        yield _wrong(cfg, "train_config.freeze_layers", text, use_peft)
+        text = "expected lora, llama_adapter or prefix, found None: --use_peft needs something to train"
+        yield _wrong(cfg, "train_config.peft_method", text, use_peft)
     if not cfg.lora_config.target_modules:
         yield _wrong(cfg, "lora_config.target_modules", "expected names of linear layers, found none")
     if cfg.lora_config.inference_mode:
@@ -155,6 +152,10 @@ def _precision(cfg: RunConfig) -> Iterator[Problem]:
         fp16 = "train_config.use_fp16"
         text = f"asks for fp16 and {cfg.place('fsdp_config.pure_bf16')} for bf16; leave out one of the two"
         yield _wrong(cfg, fp16, text, "fsdp_config.pure_bf16")
+    if cfg.train_config.use_fp16 and not cfg.train_config.mixed_precision:
+        fp16, mixed = "train_config.use_fp16", "train_config.mixed_precision"
+        text = f"asks for fp16 and {cfg.place(mixed)} False for fp32; leave out one of the two"
+        yield _wrong(cfg, fp16, text, mixed)
 
 
 def _sharding(cfg: RunConfig) -> Iterator[Problem]:
@@ -195,8 +196,16 @@ def _data(cfg: RunConfig) -> Iterator[Problem]:
 
 def _measuring(cfg: RunConfig) -> Iterator[Problem]:
     counter, profiler = "train_config.flop_counter", "train_config.use_profiler"
-    if cfg.train_config.flop_counter and cfg.train_config.use_profiler:
+    train, limit = cfg.train_config, "train_config.max_train_step"
+    if train.flop_counter and train.use_profiler:
         yield _wrong(cfg, profiler, f"cannot go with {cfg.place(counter)}; leave out one of the two", counter)
+    if train.flop_counter and 0 < train.max_train_step <= train.flop_counter_start:
+        start = "train_config.flop_counter_start"
+        text = f"counts the step after {train.flop_counter_start} others; expected more of {cfg.place(limit)}"
+        yield _wrong(cfg, start, f"{text}, found {train.max_train_step}", counter, limit)
+    if train.use_profiler and 0 < train.max_train_step < 7:
+        text = f"waits 1 step, warms up for 2 and records 3; expected 7 or more of {cfg.place(limit)}"
+        yield _wrong(cfg, profiler, f"{text}, found {train.max_train_step}", limit)
 
 
 def _vision(cfg: RunConfig) -> Iterator[Problem]:

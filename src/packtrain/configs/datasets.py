@@ -64,13 +64,16 @@ class CustomDataset:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LlamaguardToxicchatDataset:
-    """Conversations and whether they are safe, as Llama Guard answers."""
+    """Messages and whether they are safe, as Llama Guard answers: `user_input`, `toxicity`, `openai_moderation`."""
 
     train_split: str = "train"
-    """Rows to train on."""
+    """Rows to train on: a csv, json or jsonl file, or a split of data_path."""
 
     test_split: str = "test"
-    """Rows to evaluate on."""
+    """Rows to evaluate on: a file, or a split of data_path."""
+
+    data_path: str = "lmsys/toxic-chat"
+    """The hub id of the data set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

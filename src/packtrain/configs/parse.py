@@ -2,6 +2,7 @@
 
     parse(argv)       a command's words: an optional CONFIG.yaml and flags; flags win
     build(**names)    the same from Python
+    parse_output_dir(argv)   where results go, of words that may otherwise be wrong
 
 Each source becomes a list of `Said`; one `_Draft` gives every name to the fields that it means, reads the values,
 fills in what follows from them, and asks `check.py` about the whole.
@@ -99,6 +100,14 @@ def build(**settings: Any) -> RunConfig:
     return _Draft([], blind=False).resolve([], said)
 
 
+def parse_output_dir(argv: Sequence[str]) -> str | None:
+    """The last --output_dir that can be read, whatever else is wrong; None if there is none."""
+    flags, configs, _ = read_argv(argv)
+    in_file = yaml_file.read(configs[0])[0] if configs else []
+    named = [said.value for said in [*in_file, *flags] if said.key in {"output_dir", "train_config.output_dir"}]
+    return next((str(value) for value in reversed(named) if isinstance(value, str) and value), None)
+
+
 def read_argv(argv: Sequence[str]) -> tuple[list[Said], list[str], list[str]]:
     """(flags, CONFIG.yaml's, problems) in a command's words."""
     said: list[Said] = []
@@ -179,9 +188,9 @@ def nearest(key: str) -> str | None:
         same = [spec for spec in specs if spec.section == section]
         spec = (same or specs)[0]
         return spec.dotted if section else spec.name
-    known = list(FIELDS) if section else [spec.name for spec in FIELDS.values()] + list(SECTIONS)
-    like = get_close_matches(key, known, n=1, cutoff=0.5)
-    return like[0] if like else None
+    known = list(FIELDS) if section else [*(spec.name for spec in FIELDS.values()), *SECTIONS, *HABITS]
+    like = get_close_matches(key, known, n=1, cutoff=0.6)
+    return HABITS.get(like[0], like[0]) if like else None
 
 
 def _read(spec: Spec, raw: object) -> Any:
@@ -199,7 +208,9 @@ def _mistyped(spec: Spec, said: Said) -> str:
     like = get_close_matches(str(said.value), choices(spec.kind), n=1) if isinstance(said.value, str) else []
     hint = f"; did you mean {like[0]}?" if like else ""
     return (
-        f"{said.where}: expected {expected(spec.kind)}, found {'no value' if said.alone else shown(said.value)}{hint}"
+        f"{said.where}: expected {expected(spec.kind).removesuffix(' or None')}, found no value"
+        if said.alone
+        else f"{said.where}: expected {expected(spec.kind)}, found {shown(said.value)}{hint}"
     )
 
 

@@ -214,6 +214,6 @@ def _yaml(value: Any) -> str:
     plain = list(value) if isinstance(value, tuple) else value
     options: dict[str, Any] = {"default_flow_style": True, "width": 2**31, "allow_unicode": True}
     text: str = yaml.safe_dump(plain, **options).removesuffix("\n").removesuffix("\n...")
-    if "\n" in text:  # a line's end within the text: double quotes write it as \\n
-        text = yaml.safe_dump(plain, default_style='"', **options).removesuffix("\n")
+    if len(text.splitlines()) > 1:  # a line's end of any kind within the text: double quotes write it as an escape
+        text = yaml.safe_dump(plain, default_style='"', **options | {"allow_unicode": False}).removesuffix("\n")
     return text

@@ -29,34 +29,17 @@ class Later(NamedTuple):
 
 
 LATER = (
-    Later("LLaMA-Adapter", ("train_config.peft_method",), ("llama_adapter",)),
-    Later("prefix tuning", ("train_config.peft_method",), ("prefix",)),
     Later("training biases", ("lora_config.bias",)),
-    Later("a quantised base", ("train_config.quantization",)),
-    Later("fp16 with gradient scaling", ("train_config.use_fp16", "fsdp_config.use_fp16")),
-    Later("AnyPrecision AdamW", ("fsdp_config.optimizer",), ("anyprecision",)),
-    Later("8-bit AdamW", ("fsdp_config.optimizer",), ("adamw8bit",)),
-    Later("the Kahan sum of AnyPrecision AdamW", ("fsdp_config.use_kahan",)),
-    Later("offloading to host memory", ("fsdp_config.fsdp_cpu_offload",)),
-    Later("the gathered checkpoint", ("fsdp_config.checkpoint_type",), ("FULL_STATE_DICT",)),
-    Later("freezing layers", ("train_config.freeze_layers", "train_config.num_freeze_layers")),
-    Later("a forced attention kernel", ("train_config.attention",), ("flash", "flex", "eager")),
-    Later("selective recomputation", ("train_config.activation_checkpointing",), ("selective",)),
+    Later("a base in 4 or 8 bits by bitsandbytes", ("train_config.quantization",), ("4bit", "8bit")),
     Later("forcing bit-exact kernels", ("train_config.deterministic",)),
-    Later("resumable checkpoints", ("train_config.save_steps", "train_config.save_optimizer")),
     Later("a set time for the last checkpoint", ("train_config.grace_seconds",)),
-    Later("the FLOP counter", ("train_config.flop_counter", "train_config.flop_counter_start")),
-    Later("the profiler", ("train_config.use_profiler", "train_config.profiler_dir")),
-    Later("llama-recipes' metrics file", ("train_config.save_metrics",)),
-    Later("Weights & Biases", ("train_config.use_wandb",)),
-    Later("the toxicchat data set", ("train_config.dataset",), ("llamaguard_toxicchat_dataset",)),
 )
 
 _ONE_TASK = "packtrain trains text generation, and says so in what it saves"
 RESTATES = {
     "train_config.low_cpu_fsdp": "weights are always streamed into each worker's shard; no worker holds a whole model",
     "train_config.one_gpu": "the number of workers decides how many GPUs are used",
-    "train_config.use_fast_kernels": "the fastest kernels that the hardware has are always chosen",
+    "train_config.use_fast_kernels": "the fastest attention for the hardware is chosen anyway (--attention forces one)",
     "lora_config.inference_mode": "a run trains",
     "lora_config.task_type": _ONE_TASK,
     "llama_adapter_config.task_type": _ONE_TASK,
@@ -83,11 +66,24 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...] = (
         lambda cfg: cfg.train_config.dist_checkpoint_root_folder is not None,
         "without --dist_checkpoint_root_folder",
     ),
+    (("train_config.flop_counter_start",), lambda cfg: cfg.train_config.flop_counter, "without --flop_counter"),
+    (("train_config.profiler_dir",), lambda cfg: cfg.train_config.use_profiler, "without --use_profiler"),
     (
-        ("train_config.dist_checkpoint_root_folder",),
-        lambda cfg: cfg.train_config.output_dir is None,
-        "beside --output_dir, where results go",
+        ("fsdp_config.optimizer",),
+        lambda cfg: cfg.fsdp_config.optimizer != "anyprecision" or cfg.fsdp_config.pure_bf16,
+        "without --pure_bf16",
     ),
+    (
+        ("fsdp_config.use_kahan",),
+        lambda cfg: cfg.fsdp_config.optimizer == "anyprecision" and cfg.fsdp_config.pure_bf16,
+        "without --pure_bf16 --optimizer anyprecision",
+    ),
+    (
+        ("train_config.freeze_layers",),
+        lambda cfg: not cfg.train_config.use_peft,
+        "with --use_peft: under an adapter every layer stays as it is",
+    ),
+    (("train_config.num_freeze_layers",), lambda cfg: cfg.train_config.freeze_layers, "without --freeze_layers"),
 )
 """Settings that count under a condition only: (fields, the condition, what to say where it does not hold)."""
 

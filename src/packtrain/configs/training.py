@@ -137,7 +137,7 @@ class TrainConfig:
     """Which attention kernel; auto takes the fastest that the hardware has."""
 
     use_fast_kernels: bool = False
-    """Use the fastest kernels. They are always chosen by the hardware."""
+    """Use the fastest attention for the hardware, which attention auto does anyway."""
 
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward computes again to save memory: nothing, all but attention, whole layers, or as memory needs."""
@@ -152,13 +152,13 @@ class TrainConfig:
     """Start afresh in a folder that already holds a run."""
 
     save_model: bool = True
-    """Save at every evaluation and at the end."""
+    """Save the model, and a checkpoint of the run, at every evaluation and at the end."""
 
     save_steps: int = 0
-    """Save a resumable checkpoint every so many optimizer steps; 0 means at the ends of epochs only."""
+    """Save a checkpoint, which the run can go on from, every so many optimizer steps; 0 means at every evaluation."""
 
     save_optimizer: bool = False
-    """Save the optimizer's state too."""
+    """Keep the optimizer's state in the last checkpoint too; those before it always have it, to go on from."""
 
     dist_checkpoint_root_folder: str | None = None
     """Full fine-tuning's results go to ROOT/FOLDER-MODEL: this is ROOT."""
@@ -176,13 +176,13 @@ class TrainConfig:
     """Write llama-recipes' metrics file too."""
 
     flop_counter: bool = False
-    """Count the floating-point operations of a step."""
+    """Count the floating-point operations of a step, and say how fast they are done."""
 
     flop_counter_start: int = 3
-    """Steps before flop_counter counts."""
+    """Steps before the one that flop_counter counts; the next one is timed."""
 
     use_profiler: bool = False
-    """Record a trace of some steps."""
+    """Record steps 4 to 6: a trace, the heaviest operators, on CUDA the memory."""
 
     profiler_dir: str | None = None
-    """Where use_profiler writes its trace."""
+    """Where use_profiler writes; without it OUTPUT_DIR/run/profile."""

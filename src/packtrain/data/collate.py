@@ -122,7 +122,10 @@ def _matrix(made: Any, name: str, file: str, rows: int) -> NDArray[np.int64]:
     try:
         array = np.asarray(made[name])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: get_data_collator's result has no {name} that is a table of numbers") from error
+        raise UserError(
+            f"{file}: get_data_collator's result has no {name} that is a table of numbers; "
+            "expected a dict of input_ids, labels and attention_mask, rows of one length each"
+        ) from error
     if array.ndim != 2 or len(array) != rows or array.dtype.kind not in "biu":
         raise UserError(
             f"{file}: get_data_collator's {name} is {array.dtype} of shape {array.shape}, "

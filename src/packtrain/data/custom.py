@@ -69,7 +69,8 @@ def collator(config: Any, tokenizer: Any) -> Collator | None:
         raise _theirs(path, "get_data_collator(tokenizer)", error) from error
     if found is not None and not callable(found):
         raise UserError(
-            f"{path}: get_data_collator gave a {type(found).__name__}, expected a function of a list of rows"
+            f"{path}: get_data_collator gave a value of type {type(found).__name__}, "
+            "expected a function of a list of rows"
         )
     return found
 
@@ -142,7 +143,7 @@ def _iterate(found: Any, where: str) -> Iterator[Any]:
     elif hasattr(found, "__len__") and hasattr(found, "__getitem__"):
         yield from (found[index] for index in range(len(found)))
     else:
-        raise UserError(f"{where}: gave a {type(found).__name__}, expected rows to go through one by one")
+        raise UserError(f"{where}: gave a value of type {type(found).__name__}, expected a list or data set of rows")
 
 
 def _theirs(path: Path, what: str, error: Exception) -> UserError:

@@ -161,7 +161,9 @@ def _header(cells: list[str] | str, file: str) -> list[str]:
     header = [name.strip() for name in cells]
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
-        raise UserError(f"{file}:1: the header names {', '.join(map(snippet, twice))} more than once")
+        raise UserError(
+            f"{file}:1: the header names {', '.join(map(snippet, twice))} more than once; rename one of them"
+        )
     return header
 
 

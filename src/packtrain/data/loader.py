@@ -42,13 +42,15 @@ class Loader:
         shuffle: bool,
         pad_id: int,
         collator: Collator | None = None,
+        step_items: int | None = None,
     ) -> None:
+        """`step_items`: G of the run that is gone on with, whatever B W A is now."""
         if collator is not None and strategy == "packing":
             raise UserError("get_data_collator makes rows of its own, so it needs --batching_strategy padding")
         self._tokens = tokens
         self._groups = pack(tokens.lengths, context_length, seed) if strategy == "packing" else single(tokens.rows)
         self._batch_size = batch_size
-        self._accumulation = accumulation
+        self._step_items = step_items or batch_size * world_size * accumulation
         self._rank = rank
         self._world_size = world_size
         self._seed = seed
@@ -76,12 +78,22 @@ class Loader:
     @property
     def step_items(self) -> int:
         """G, the items of one step on all ranks."""
-        return self._batch_size * self._world_size * self._accumulation
+        return self._step_items
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps that visit every item once."""
         return -(-self.items // self.step_items)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a full step on each rank."""
+        return -(-self._step_items // (self._batch_size * self._world_size))
+
+    def seen(self, steps: int) -> int:
+        """Items that so many steps take."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        return epochs * self.items + rest * self._step_items
 
     @property
     def last_step_items(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from packtrain.data import toxicchat
 from packtrain.errors import UserError
 
 Values = Mapping[str, str]
@@ -31,6 +32,9 @@ class Template:
     """The one of `columns` that is trained; it may not be empty."""
 
     prompt: Callable[[Values], str]
+
+    turn: bool = False
+    """The prompt is a user's turn and the answer an assistant's, marked as the tokenizer marks them."""
 
 
 def grammar_prompt(row: Values) -> str:
@@ -62,13 +66,21 @@ TEMPLATES = {
     "grammar_dataset": Template(("input", "target"), (), "target", grammar_prompt),
     "samsum_dataset": Template(("dialogue", "summary"), (), "summary", samsum_prompt),
     "alpaca_dataset": Template(("instruction", "output"), ("input",), "output", alpaca_prompt),
+    "llamaguard_toxicchat_dataset": Template(("user_input", "toxicity"), (), "toxicity", toxicchat.prompt, turn=True),
 }
+
+HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+TURNS = {
+    "<|start_header_id|>": (HEADER.format("user"), f"<|eot_id|>{HEADER.format('assistant')}"),
+    "": ("[INST] ", " [/INST] "),
+}
+"""A token of the vocabulary -> what stands before and after a user's turn: Llama 3's, else Llama 2's, plain text."""
 
 
 class Encoder:
-    """A tokenizer, used as llama-recipes uses it, many rows at a time."""
+    """A tokenizer, used as llama-recipes uses it, many rows at a time; `turn` as in Template."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, turn: bool = False) -> None:
         if tokenizer.eos_token is None or tokenizer.eos_token_id is None:
             raise UserError(
                 f"the tokenizer {tokenizer.name_or_path or ''} has no eos_token, so a model could not learn where to "
@@ -77,6 +89,10 @@ class Encoder:
         self._tokenizer = tokenizer
         self._bos, self._bos_ids = self._special(tokenizer.bos_token, tokenizer.bos_token_id, first=True)
         self._eos, self._eos_ids = self._special(tokenizer.eos_token, tokenizer.eos_token_id, first=False)
+        self._turn = ("", "")
+        if turn:
+            vocabulary = tokenizer.get_vocab()
+            self._turn = next(around for token, around in TURNS.items() if not token or token in vocabulary)
 
     def _special(self, text: str | None, token: int | None, first: bool) -> tuple[str, list[int]]:
         """(text to join before encoding, ids to join after it): the text where it encodes to its id, else the id."""
@@ -93,6 +109,7 @@ class Encoder:
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """(ids of bos + prompt, ids of answer + eos) of each row."""
-        before = self._encode([self._bos + prompt for prompt in prompts])
+        begin, end = self._turn
+        before = self._encode([self._bos + begin + prompt + end for prompt in prompts])
         after = self._encode([answer + self._eos for answer in answers])
         return [(self._bos_ids + prompt, answer + self._eos_ids) for prompt, answer in zip(before, after, strict=True)]

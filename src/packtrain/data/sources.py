@@ -3,6 +3,7 @@
     grammar_dataset     train_split / test_split: a local file with input, target
     samsum_dataset      the same with dialogue, summary; or a split of the hub data set `data_path`
     alpaca_dataset      data_path: a local file; split val is its first 5 %, train the rest
+    llamaguard_toxicchat_dataset    as samsum_dataset, with user_input, toxicity (toxicchat.py)
     custom_dataset      the user's function (custom.py)
 
 and `synthetic`: rows of random ids, for measuring without data or tokenizer.
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from packtrain.data import custom, files
+from packtrain.data import custom, files, toxicchat
 from packtrain.data.files import BadRow, Row, Table
 from packtrain.data.render import TEMPLATES, Template
 from packtrain.errors import UserError
@@ -45,7 +46,17 @@ def read(name: str, config: Any, split: Split, tokenizer: Any = None) -> Table:
     part: str = getattr(config, _split_field(split))
     if name == "alpaca_dataset":
         return _alpaca_part(_checked(files.read(Path(config.data_path), flag), TEMPLATES[name], flag), part, flag)
-    return _checked(_file_or_hub(part, getattr(config, "data_path", None), flag), TEMPLATES[name], flag)
+    table = _file_or_hub(part, getattr(config, "data_path", None), flag)
+    judged = _judged(table) if name == "llamaguard_toxicchat_dataset" else table
+    return _checked(judged, TEMPLATES[name], flag)
+
+
+def is_local(name: str, config: Any, split: Split) -> bool:
+    """Whether the rows of a split are in a file, and not on the hub or made by the user's function."""
+    if name not in TEMPLATES:
+        return False
+    hub = None if name == "alpaca_dataset" else getattr(config, "data_path", None)
+    return not hub or _is_file(getattr(config, _split_field(split)))
 
 
 def synthetic(config: Any, split: Split, vocab_size: int) -> Table:
@@ -74,18 +85,35 @@ def _alpaca_part(table: Table, part: str, flag: str) -> Table:
     return Table(table.file, [r for r in table.rows if r.number <= first], [b for b in table.bad if b.row <= first])
 
 
+def _judged(table: Table) -> Table:
+    """ToxicChat's rows with the answer in place of the number in `toxicity`."""
+    rows: list[Row] = []
+    bad = list(table.bad)
+    for row in table.rows:
+        try:
+            judged = {"toxicity": toxicchat.verdict(row.values)} if "toxicity" in row.values else {}
+        except ValueError as error:
+            bad.append(BadRow(table.file, row.number, row.line, str(error)))
+        else:
+            rows.append(Row(row.number, row.line, row.values | judged))
+    return Table(table.file, rows, bad)
+
+
 def _file_or_hub(place: str, hub: str | None, flag: str) -> Table:
     """A local file where `place` looks like one, else a split of the hub data set."""
-    path = Path(place)
-    local = path.is_file() or path.suffix.lower() in files.SUFFIXES or "/" in place
-    return files.read(path, flag) if local or not hub else _hub(hub, place, flag)
+    return _hub(hub, place, flag) if hub and not _is_file(place) else files.read(Path(place), flag)
+
+
+def _is_file(place: str) -> bool:
+    """Whether the words mean a file, there or not, and no split."""
+    return Path(place).is_file() or Path(place).suffix.lower() in files.SUFFIXES or "/" in place
 
 
 def _hub(name: str, split: str, flag: str) -> Table:
     import datasets  # noqa: PLC0415 (a second to import, and local files do without)
 
     try:
-        found = datasets.load_dataset(name, split=split)
+        found = datasets.load_dataset(name, toxicchat.HUB_CONFIGS.get(name), split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         section = flag.partition(".")[0]
         raise UserError(

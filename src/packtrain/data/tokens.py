@@ -1,6 +1,7 @@
 """A tokenised split: three flat arrays, and the way there.
 
     tokenize(name, config, split, ...) -> (Tokens, Audit)
+    check_rows(name, config, split, ...)    what can be told before there is a tokenizer
 
 T tokens, R rows. Every row of `Tokens` fits context_length and has at least one label that is trained. Rows that
 cannot be are refused with file and row number, all at once, or left out and listed (`on_bad_rows="skip"`).
@@ -31,8 +32,8 @@ from packtrain.errors import UserError
 CHUNK = 1000
 """Rows encoded in one call: enough for a fast tokenizer's threads, little beside the arrays."""
 
-SHOWN = 20
-"""Problems listed in one message; the rest are counted."""
+SHOWN = 5
+"""Rows of a file listed in one message; the rest are counted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,12 +160,20 @@ def tokenize(
     return tokens, _audit(tokens, truncated, bad, None if tokenizer is None else tokenizer.eos_token_id)
 
 
+def check_rows(name: str, config: Any, split: Split, *, on_bad_rows: Literal["error", "skip"] = "error") -> None:
+    """Read the rows, if they are in a file, and no more. Raises UserError naming every bad one, as `tokenize` would."""
+    if not sources.is_local(name, config, split):
+        return
+    table = sources.read(name, config, split)
+    _refuse(table.file, table.bad, [], len(table.rows), skip=on_bad_rows == "skip")
+
+
 def _encoded(
     name: str, config: Any, split: Split, tokenizer: Any, vocab_size: int
 ) -> tuple[Table, Iterator[Encoded | BadRow]]:
     """What was read, and its rows as ids, made as they are asked for."""
     if name in TEMPLATES:
-        encoder = Encoder(tokenizer)
+        encoder = Encoder(tokenizer, TEMPLATES[name].turn)
         table = sources.read(name, config, split)
         return table, _rendered(table, TEMPLATES[name], encoder)
     if name == "synthetic_dataset":
@@ -239,7 +248,7 @@ def _untrainable(labels: NDArray[np.int64], context_length: int) -> str:
     """Says why nothing of a row would be trained."""
     trained = np.flatnonzero(labels[1:] != IGNORE) + 1
     if len(trained) == 0:
-        return "no label that could be trained"
+        return f"no label that could be trained: all are {IGNORE}, or only the first token has one"
     if trained[0] >= context_length:
         return (
             f"its prompt has {int(trained[0])} tokens and context_length is {context_length}: no token of the answer "
@@ -255,19 +264,18 @@ def _refuse(file: str, bad: list[BadRow], foreign: list[BadRow], good: int, *, s
         raise UserError(f"{file}: there is no row to train on")
     problems: list[str] = []
     if foreign:
-        problems += _listed(foreign)
+        problems += map(str, foreign[:SHOWN])
         problems.append(
-            f"{file}: {len(foreign)} of {total} rows hold tokens that the model does not have: "
+            f"{file}: {len(foreign)} of {total} rows{_above(foreign)} hold tokens that the model does not have: "
             "use the tokenizer that belongs to it (--tokenizer_name)"
         )
     if bad and (not skip or good == 0):
-        problems += _listed(bad)
+        problems += map(str, bad[:SHOWN])
         advice = "mend them, or leave them out with --on_bad_rows skip" if good else "there is nothing to train on"
-        problems.append(f"{file}: {len(bad)} of {total} rows cannot be trained on: {advice}")
+        problems.append(f"{file}: {len(bad)} of {total} rows{_above(bad)} cannot be trained on: {advice}")
     if problems:
         raise UserError(problems)
 
 
-def _listed(rows: list[BadRow]) -> list[str]:
-    more = len(rows) - SHOWN
-    return [str(row) for row in rows[:SHOWN]] + ([f"... and {more} more"] if more > 0 else [])
+def _above(rows: list[BadRow]) -> str:
+    return f" (the first {SHOWN} are above)" if len(rows) > SHOWN else ""

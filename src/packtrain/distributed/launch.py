@@ -64,7 +64,7 @@ def start_workers(
     """Run `command` with `argv` in `nproc` workers; returns 0, 1, 2 or 75 (errors.py) for the whole.
 
     The first failure decides and ends the others within 5 s. SIGTERM, SIGINT and SIGUSR1 are passed on; workers that
-    have not ended `grace` seconds later are killed.
+    have not ended `grace` seconds after one, or after another worker has stopped, are killed.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     server, address = _loopback_store()
@@ -90,11 +90,10 @@ def start_workers(
 
 
 class _Signals:
-    """Passes signals on to the workers and remembers when the first one came."""
+    """Passes signals on to the workers and remembers which."""
 
     def __init__(self) -> None:
         self.passed_on: list[int] = []
-        self.since = 0.0
         self._workers: list[subprocess.Popen[bytes]] = []
 
     def forward_to(self, workers: list[subprocess.Popen[bytes]]) -> None:
@@ -103,8 +102,6 @@ class _Signals:
             signal.signal(number, self._forward)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        if not self.passed_on:
-            self.since = time.monotonic()
         self.passed_on.append(number)
         for worker in self._workers:
             worker.send_signal(number)
@@ -151,8 +148,9 @@ def _environment(rank: int, nproc: int, address: str) -> dict[str, str]:
 
 
 def _watch(context: SubprocessContext, store: Store, signals: _Signals, grace: float) -> int:
-    """Wait for the workers' ends; the first failure ends the others."""
+    """Wait for the workers' ends; the first failure ends the others, and so does a stop that they do not follow."""
     workers = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
+    stopping: float | None = None
     while True:
         codes = {rank: _exit_code(worker.poll(), signals) for rank, worker in workers.items()}
         for rank, code in codes.items():
@@ -160,9 +158,11 @@ def _watch(context: SubprocessContext, store: Store, signals: _Signals, grace: f
                 return _fail(context, store, rank, code, workers)
         if None not in codes.values():
             return EXIT_STOPPED if EXIT_STOPPED in codes.values() else EXIT_DONE
-        if signals.passed_on and time.monotonic() - signals.since > grace:
+        if stopping is None and (signals.passed_on or EXIT_STOPPED in codes.values()):
+            stopping = time.monotonic()
+        if stopping is not None and time.monotonic() - stopping > grace:
             late = ", ".join(str(rank) for rank, code in codes.items() if code is None)
-            log.warn(f"rank {late} had not ended {grace:g} s after {_signal_name(signals.passed_on[0])}; killed")
+            log.warn(f"rank {late} had not ended {grace:g} s after a signal to stop; killed")
             return EXIT_FAULT
         time.sleep(POLL_SECONDS)
 

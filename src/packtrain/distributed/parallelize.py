@@ -69,11 +69,12 @@ def parallelize(
     replica_group: int | None = None,
     recompute: bool,
     cpu_offload: bool = False,
-) -> None:
+) -> torch.device:
     """Prepare a model for this rank: `blocks` are recomputed in the backward if asked, and sharded one by one.
 
-    One rank, and shard groups of one rank, leave the model unwrapped. With `cpu_offload` shards live in host memory:
-    `materialise` on the CPU then. Raises UserError for group sizes that do not fit.
+    Returns where to `materialise` it: this rank's device, or with `cpu_offload` the host, where shards then live (join
+    with host collectives). One rank, and shard groups of one rank, leave the model unwrapped and where it computes.
+    Raises UserError for group sizes that do not fit.
     """
     for block in blocks:
         block.recompute = recompute  # type: ignore[assignment]
@@ -81,7 +82,7 @@ def parallelize(
     raise_if(problems(*sizes))
     replicas, shards = group_sizes(*sizes)
     if shards == 1:
-        return
+        return place.device
     mesh = _mesh(place.device.type, replicas, shards)
     frees = strategy != "SHARD_GRAD_OP"
     for block in blocks:
@@ -91,6 +92,7 @@ def parallelize(
     for module in _fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other, and neither call reaches submodules
+    return torch.device("cpu") if cpu_offload else place.device
 
 
 def _mesh(device_type: str, replicas: int, shards: int) -> DeviceMesh:
@@ -123,12 +125,13 @@ def set_gradient_sync(model: nn.Module, last: bool, every: bool | None = None) -
     """Say before a micro-batch whether its backward reduces gradients; nothing to say to an unwrapped model.
 
     The `last` one always does. With `every` each one does, and copies of the model are summed at the last: by default
-    in full fine-tuning, whose unreduced gradients would be as large as the model, and not for adapters.
+    where most of the model learns, since unreduced gradients would be as large as that, and not for adapters.
     """
     if not isinstance(model, FSDPModule):
         return
     if every is None:
-        every = all(parameter.requires_grad for parameter in model.parameters())
+        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        every = 2 * learning > sum(p.numel() for p in model.parameters())
     model.set_requires_gradient_sync(last or every)
     model.set_requires_all_reduce(last)  # after the call above, which sets it too
 

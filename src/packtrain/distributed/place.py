@@ -73,11 +73,6 @@ class Place:
         return self.local_rank == 0
 
     @property
-    def backend(self) -> str:
-        """Collectives on host tensors go through gloo, those on GPU tensors through NCCL."""
-        return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-
-    @property
     def group(self) -> dist.ProcessGroup:
         """All ranks; there is none before `join`."""
         group = dist.group.WORLD
@@ -85,12 +80,16 @@ class Place:
             raise Fault("a collective was asked for before the ranks joined: call Place.join first")
         return group
 
-    def join(self, timeout: timedelta = timedelta(minutes=10)) -> None:
-        """Form the group of all ranks. `timeout` ends a collective that some rank never reaches."""
+    def join(self, timeout: timedelta = timedelta(minutes=10), host_collectives: bool = False) -> None:
+        """Form the group of all ranks. `timeout` ends a collective that some rank never reaches.
+
+        On GPUs it is NCCL's, and with `host_collectives` gloo's too (weights offloaded to host memory need it).
+        """
+        on_gpus = self.device.type == "cuda"
         # A bound device makes NCCL connect at once. One rank never needs NCCL, so it is left to connect on first use.
-        bound = self.device if self.device.type == "cuda" and self.world_size > 1 else None
+        bound = self.device if on_gpus and self.world_size > 1 else None
         dist.init_process_group(
-            self.backend,
+            ("cpu:gloo,cuda:nccl" if host_collectives else "nccl") if on_gpus else "gloo",
             store=PrefixStore("group", self.store),
             rank=self.rank,
             world_size=self.world_size,

@@ -4,7 +4,8 @@
 
 Rows go through in chunks: logits, log-softmax, loss, and at once the gradients by every input that needs one, so
 that a chunk's logits are gone before the next chunk's are made (the idea of Liger Kernel's fused linear
-cross-entropy). The backward only scales those gradients. Plain torch operations, so it runs on fake tensors too.
+cross-entropy). The backward only scales those gradients. On a GPU a chunk's
+softmax, loss and gradient are one kernel in place.
 
 Products are in the weight's dtype; softmax, loss and the sums over chunks are fp32.
 """
@@ -16,6 +17,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from packtrain.kernels.rows import HAS_TRITON, INTERPRETED, by_triton
+
+if HAS_TRITON and (torch.cuda.is_available() or INTERPRETED):
+    from packtrain.kernels import crossentropy_triton
 
 CHUNK_LOGITS = 2**26
 """Logits made at a time, 256 MiB in fp32: rows enough for a GPU's matrix product, little beside a model's weights."""
@@ -82,18 +88,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocabulary, dtype = factors[1].shape[0], factors[1].dtype
         bias_gradient = torch.zeros(vocabulary, dtype=torch.float32, device=targets.device) if bias_needed else None
         loss = torch.zeros((), dtype=torch.float32, device=targets.device)
+        fused = by_triton(factors[0])
         chunk = max(1, CHUNK_LOGITS // vocabulary)
+        if fused and chunk >= 128:
+            chunk = chunk * 2 // 128 * 128  # made in 16 bits and in place; a product's tiles are of 128 rows
         for start in range(0, targets.shape[0], chunk):
             rows = slice(start, start + chunk)
-            target = targets[rows, None]
-            log_p = _log_softmax(products, bias, rows)
-            log_p_target = log_p.gather(1, target)
-            loss -= log_p_target.sum()
-            if any(ctx.needs_input_grad):
-                # By the logits: softmax, less one at the target.
-                gradient = log_p.exp_().scatter_(1, target, log_p_target.expm1())
+            training = any(ctx.needs_input_grad)
+            chunk_loss, gradient = _cross_entropy(_logits(products, bias, rows), targets[rows], training, fused)
+            loss += chunk_loss
+            if gradient is not None:
                 if bias_gradient is not None:
-                    bias_gradient += gradient.sum(0)
+                    bias_gradient += gradient.sum(0, dtype=torch.float32)
                 gradient = gradient.to(dtype)
                 for product in products:
                     product.backward(rows, gradient)
@@ -107,11 +113,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return None, *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors)
 
 
-def _log_softmax(products: list[_Product], bias: Tensor | None, rows: slice) -> Tensor:
-    """fp32 [rows, V]."""
+def _logits(products: list[_Product], bias: Tensor | None, rows: slice) -> Tensor:
+    """[rows, V] in the weight's dtype."""
     logits = torch.mm(products[0].x[rows], products[0].weight.t())
     for x, weight, *_ in products[1:]:
         logits.addmm_(x[rows], weight.t())
     if bias is not None:
         logits += bias
-    return torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    return logits
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, training: bool, fused: bool) -> tuple[Tensor, Tensor | None]:
+    """(sum of the rows' losses, gradient by the logits: softmax, less one at the target); logits are used up."""
+    if fused:
+        losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+        crossentropy_triton.cross_entropy(logits, targets, losses, training)
+        return losses.sum(), logits if training else None
+    log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    log_p_target = log_p.gather(1, targets[:, None])
+    gradient = log_p.exp_().scatter_(1, targets[:, None], log_p_target.expm1()) if training else None
+    return -log_p_target.sum(), gradient

@@ -86,6 +86,7 @@ def _signed(value: int, width: int) -> int:
     return value - (1 << width) if value >> (width - 1) else value
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _number(text: str) -> int:
     """64 bits of a text, the same in every process (Python's own hash is not), as a signed integer."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)

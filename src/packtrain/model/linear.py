@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_SLOTS = (".adapters.", ".prompt.")
+"""Where adapters sit, in a linear layer and in an attention: what is below is not the base model's."""
+
 
 class Part(NamedTuple):
     """Rows [start, stop) of a fused layer, under the last word of Hugging Face's name for them."""
@@ -74,8 +77,8 @@ class Linear(nn.Module):
 
     def split(self, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
         """The same, a tensor [T, rows] for each part: views of one product where there is no adapter."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)  # a bias that trains may be fp32
-        y = F.linear(x, self.weight, bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # what trains may be fp32
+        y = F.linear(x, self.weight.to(x.dtype), bias)
         outputs = torch.split(y, [part.stop - part.start for part in self.parts], dim=1)
         return tuple(self._adapted(part, x, output, keys) for part, output in zip(self.parts, outputs, strict=True))
 
@@ -121,7 +124,7 @@ def layout(model: nn.Module) -> dict[str, tuple[Piece, ...]]:
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}" if path else name
-            if ".adapters." in full:
+            if any(slot in full for slot in _SLOTS):
                 continue
             if isinstance(module, Linear):
                 parent = path.rpartition(".")[0]

@@ -14,8 +14,13 @@ The model reads no file, asks the device for nothing and keeps no buffers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import Any, cast
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +28,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from packtrain.batch import Batch
-from packtrain.kernels.attention import attention
+from packtrain.kernels.attention import Kernel, attention, prepared
 from packtrain.kernels.loss import linear_cross_entropy
 from packtrain.model.config import LlamaConfig
-from packtrain.model.linear import Linear, TiedLinear, layout
+from packtrain.model.fast import staged
+from packtrain.model.linear import Linear, Piece, TiedLinear, layout
 from packtrain.model.rope import cos_sin, rotate
 
 __all__ = ["LlamaConfig", "LlamaDecoderLayer", "LlamaForCausalLM", "blocks", "draw"]
@@ -48,14 +54,21 @@ class LlamaForCausalLM(nn.Module):
         else:
             head = [("lm_head", config.vocab_size)]
             self.lm_head = Linear(config.hidden_size, head, bias=False, dtype=dtype, device=device)
+        self.fast_norm: Callable[[Any, RMSNorm, Tensor | None], Tensor] | None = None
+        """The last norm of a stream as fast layers leave it (model/fast.py)."""
 
     def forward(self, batch: Batch, logits: bool = False) -> Tensor:
         """Sum over the labelled tokens of -log p, 0-dim fp32; or, if asked, all logits [R, L, V]."""
         hidden, keys = self.model(batch), batch.keys.view(-1)
         if logits:
-            return cast(Tensor, self.lm_head(self.model.norm(hidden), keys)).view(*batch.ids.shape, -1)
-        hidden, keys = hidden.index_select(0, batch.index), keys.index_select(0, batch.index)
-        return self._loss(self.model.norm(hidden), keys, batch.targets)
+            return cast(Tensor, self.lm_head(self._norm(hidden, None), keys)).view(*batch.ids.shape, -1)
+        return self._loss(self._norm(hidden, batch.index), keys.index_select(0, batch.index), batch.targets)
+
+    def _norm(self, hidden: Any, index: Tensor | None) -> Tensor:
+        """The last norm of the rows of `index`, or of all."""
+        if self.fast_norm is not None:
+            return self.fast_norm(hidden, self.model.norm, index)
+        return cast(Tensor, self.model.norm(hidden if index is None else hidden.index_select(0, index)))
 
     def _loss(self, hidden: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
         """The head is not called: its weight, or what an adapter makes of it, goes into the loss kernel."""
@@ -82,11 +95,17 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(rows, width, config.padding_row, _weight=table)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, dtype, device) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, dtype, device)
+        self.first_position = 0
+        """Position of a document's first token: not 0 where something learned stands before it."""
+        self.kernel: Kernel = "auto"
+        """Which attention the layers use."""
 
     def forward(self, batch: Batch) -> Tensor:
         """The residual stream after the last layer, [T, D]."""
         config = self.config
-        rope = cos_sin(config.rope_parameters, config.head_dim, config.max_position_embeddings, batch, self.dtype)
+        shape = config.rope_parameters, config.head_dim, config.max_position_embeddings
+        rope = cos_sin(*shape, batch, self.dtype, first_position=self.first_position)
+        batch = prepared(batch, self.kernel, self.first_position, self.dtype, config.head_dim)
         x = self.embed_tokens(batch.ids.view(-1)).to(self.dtype)
         for layer in self.layers:
             x = layer(x, rope, batch)
@@ -104,9 +123,13 @@ class LlamaDecoderLayer(nn.Module):
         self.mlp = LlamaMLP(config, dtype, device)
         self.recompute = False
         """Keep only the layer's input for the backward, and compute the rest again there."""
+        self.fast: Callable[[LlamaDecoderLayer, Any, Rope, Batch], Any] | None = None
+        """Another form of the same computation, over few kernels (model/fast.py)."""
 
     def forward(self, x: Tensor, rope: Rope, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]."""
+        if self.fast is not None:
+            return cast(Tensor, self.fast(self, x, rope, batch))
         if self.recompute and self.training:
             # Dropout is a function of the batch's keys, so there is no random state to bring back.
             again = checkpoint(self._forward, x, rope, batch, use_reentrant=False, preserve_rng_state=False)
@@ -116,6 +139,15 @@ class LlamaDecoderLayer(nn.Module):
     def _forward(self, x: Tensor, rope: Rope, batch: Batch) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, batch)
         return x + cast(Tensor, self.mlp(self.post_attention_layernorm(x), batch))
+
+
+class Prompt(Protocol):
+    """What fills an attention's slot: attends in its stead, to the document and to something learned.
+
+    q [T, Hq, d], k and v [T, Hkv, d], turned by rope; the layer's own projections, for what has the width of x.
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, qkv_proj: Linear) -> Tensor: ...
 
 
 class LlamaAttention(nn.Module):
@@ -129,13 +161,19 @@ class LlamaAttention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, parts, config.attention_bias, dtype=dtype, device=device)
         output = [("o_proj", config.hidden_size)]
         self.o_proj = Linear(queries, output, config.attention_bias, dtype=dtype, device=device)
+        self.prompt: nn.Module | None = None
+        """The slot for a `Prompt`."""
 
     def forward(self, x: Tensor, rope: Rope, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]."""
         keys = batch.keys.view(-1)
         q, k, v = (part.view(len(x), -1, self.head_dim) for part in self.qkv_proj.split(x, keys))
         # Attention keeps v for its backward: as a view it would keep q and k from before their rotation as well.
-        mixed = attention(rotate(q, *rope), rotate(k, *rope), v.contiguous(), batch)
+        q, k, v = rotate(q, *rope), rotate(k, *rope), v.contiguous()
+        if self.prompt is None:
+            mixed = attention(q, k, v, batch)
+        else:
+            mixed = cast(Prompt, self.prompt)(q, k, v, batch, self.qkv_proj)
         return cast(Tensor, self.o_proj(mixed.flatten(1), keys))
 
 
@@ -181,28 +219,65 @@ def _whole(parameter: Tensor) -> tuple[Tensor, int]:
 _DRAWN_ROWS = 4096
 """Rows drawn from one seed: a rank draws the blocks its rows are in, never a whole embedding."""
 
+_DRAWN_AHEAD = 8
+"""Parameters that are drawn at a time: most have few blocks for a machine's cores."""
+
 
 @torch.no_grad()
-def draw(model: LlamaForCausalLM, seed: int, local_rows: Callable[[Tensor], tuple[Tensor, int]] = _whole) -> None:
+def draw(
+    model: LlamaForCausalLM,
+    seed: int,
+    local_rows: Callable[[Tensor], tuple[Tensor, int]] = _whole,
+    copies: Mapping[str, tuple[Piece, ...]] | None = None,
+) -> None:
     """Fill the base parameters: weights normal(0, initializer_range), norms one, biases zero.
 
     `local_rows` gives a parameter's rows on this rank and the number of the first, for sharded ones. Every value is
-    a function of (seed, Hugging Face's name, place), drawn on the CPU: the same on any number of ranks.
+    a function of (seed, Hugging Face's name, place), drawn on the CPU: the same on any number of ranks. `copies`
+    names further parameters and the tensors that they begin as.
     """
-    for name, pieces in layout(model).items():
-        local, first = local_rows(model.get_parameter(name))
-        if local.dim() == 1:
-            local.fill_(0.0 if name.endswith(".bias") else 1.0)
-            continue
-        for piece in pieces:
-            for top in range(piece.start, piece.stop, _DRAWN_ROWS):
-                bottom = min(top + _DRAWN_ROWS, piece.stop)
-                low, high = max(top, first), min(bottom, first + local.shape[0])
-                if low < high:
-                    values = torch.empty(bottom - top, local.shape[1], dtype=torch.float32, device="cpu")
-                    generator = _generator(f"{seed} {piece.name} {top - piece.start}")
-                    values.normal_(0.0, model.config.initializer_range, generator=generator)
-                    local[low - first : high - first] = values[low - top : high - top]
+    pending: deque[tuple[ExitStack, list[Future[None]]]] = deque()
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for name, pieces in {**layout(model), **(copies or {})}.items():
+            local, first = local_rows(model.get_parameter(name))
+            if local.dim() == 1:
+                local.fill_(0.0 if name.endswith(".bias") else 1.0)
+                continue
+            stage = ExitStack()
+            target = stage.enter_context(staged(model, name, local))
+            spans = _drawn_blocks(pieces, first, first + local.shape[0])
+            fill = partial(_draw_rows, target, first, seed, model.config.initializer_range)
+            pending.append((stage, [pool.submit(fill, *block) for block in spans]))
+            if len(pending) > _DRAWN_AHEAD:
+                _settle(*pending.popleft())
+        while pending:
+            _settle(*pending.popleft())
+
+
+def _settle(stage: ExitStack, drawn: list[Future[None]]) -> None:
+    """Wait for a parameter's rows, and put them in place."""
+    for rows in drawn:
+        rows.result()
+    stage.close()
+
+
+def _drawn_blocks(pieces: Sequence[Piece], first: int, last: int) -> list[tuple[Piece, int, int]]:
+    """(piece, top, bottom) of every block of rows that is drawn as one and meets rows [first, last)."""
+    return [
+        (piece, top, min(top + _DRAWN_ROWS, piece.stop))
+        for piece in pieces
+        for top in range(piece.start, piece.stop, _DRAWN_ROWS)
+        if top < last and min(top + _DRAWN_ROWS, piece.stop) > first
+    ]
+
+
+def _draw_rows(target: Tensor, first: int, seed: int, spread: float, piece: Piece, top: int, bottom: int) -> None:
+    """Rows [top, bottom) of a parameter, of which `target` has those from `first` on. Drawing is most of the time."""
+    values = torch.empty(bottom - top, target.shape[1], dtype=torch.float32, device="cpu")
+    values.normal_(0.0, spread, generator=_generator(f"{seed} {piece.name} {top - piece.start}"))
+    low, high = max(top, first), min(bottom, first + target.shape[0])
+    with torch.no_grad():
+        target[low - first : high - first] = values[low - top : high - top].to(target.dtype)
 
 
 def _generator(text: str) -> torch.Generator:

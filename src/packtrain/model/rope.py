@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from packtrain.batch import Batch
+from packtrain.batch import Batch, queued
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,27 @@ class RopeParameters:
 
 
 def cos_sin(
-    rope: RopeParameters, head_dim: int, max_position_embeddings: int, batch: Batch, dtype: torch.dtype
+    rope: RopeParameters,
+    head_dim: int,
+    max_position_embeddings: int,
+    batch: Batch,
+    dtype: torch.dtype,
+    *,
+    first_position: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, head_dim / 2] of a batch's tokens, computed in fp32 and given in `dtype`."""
-    positions = batch.positions.view(-1, 1, 1)
-    # The host does not wait for these copies: the few numbers are staged before `to` returns.
+    """Cosines and sines [T, 1, head_dim / 2] of a batch's tokens, computed in fp32 and given in `dtype`.
+
+    Documents begin at `first_position`.
+    """
+    positions = batch.positions.view(-1, 1, 1) + first_position
     if rope.rope_type == "dynamic":
         lengths = torch.tensor(batch.lengths)
-        by_document = _dynamic(rope, head_dim, max_position_embeddings, lengths)
-        frequencies = by_document.to(positions.device, non_blocking=True).repeat_interleave(
-            lengths.to(positions.device, non_blocking=True), dim=0, output_size=positions.shape[0]
+        by_document = _dynamic(rope, head_dim, max_position_embeddings, lengths + first_position)
+        frequencies = queued(by_document, positions.device).repeat_interleave(
+            queued(lengths, positions.device), dim=0, output_size=positions.shape[0]
         )
     else:
-        frequencies = _frequencies(rope, head_dim).to(positions.device, non_blocking=True)
+        frequencies = queued(_frequencies(rope, head_dim), positions.device)
     angles = positions * frequencies.unsqueeze(-2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -1,6 +1,7 @@
 """LoRA (arXiv:2106.09685) on a model's linear parts, and the layers trained whole beside it.
 
     problems         all that is wrong with settings on a model, before anything is built
+    fit              settings -> what they mean on a model of this shape
     install          freezes the model, fills the adapter slots (before sharding, on meta too)
     initialise       PEFT's starting values on whatever rows this rank holds (after sharding)
     adapter_tensors  PEFT's tensor names -> rows of our parameters: what saving and loading ask
@@ -12,50 +13,32 @@ a fused layer has one adapter for each of its parts.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from packtrain.errors import raise_if
 from packtrain.kernels.random import dropout
+from packtrain.model.config import LlamaConfig
 from packtrain.model.linear import Linear, Part, Piece, layout, linear_parts
 from packtrain.peft.settings import LoraSettings, config_dict, settings_from
 from packtrain.peft.targets import HEAD, select, ties
+from packtrain.peft.tensors import PREFIX, LocalRows, Saved, all_rows, generator, keep, modules
 from packtrain.peft.trainable import freeze
 
 __all__ = [
     "LoraAdapter",
     "LoraSettings",
-    "Saved",
     "SavedPart",
     "adapter_tensors",
     "config_dict",
+    "fit",
     "initialise",
     "install",
     "problems",
     "saved_layout",
     "settings_from",
 ]
-
-PREFIX = "base_model.model."
-"""What PEFT puts before every Hugging Face name."""
-
-M = TypeVar("M", bound=nn.Module)
-
-LocalRows = Callable[[Tensor], tuple[Tensor, int]]
-"""Parameter -> (the rows this process holds, sharing storage; the number of the first)."""
-
-
-class Saved(NamedTuple):
-    """Rows [start, stop) of our parameter are a whole tensor of PEFT's file."""
-
-    parameter: str
-    start: int
-    stop: int
 
 
 class LoraAdapter(nn.Module):
@@ -103,6 +86,11 @@ def problems(model: nn.Module, settings: LoraSettings) -> list[str]:
     return settings.range_problems() + select(model, settings)[1]
 
 
+def fit(settings: LoraSettings, config: LlamaConfig) -> LoraSettings:
+    """The settings as they are: none of them is about the model's size."""
+    return settings
+
+
 def install(model: nn.Module, settings: LoraSettings) -> None:
     """Freeze the base and put adapters in: fp32 parameters where the weights are. Before sharding.
 
@@ -127,29 +115,24 @@ def install(model: nn.Module, settings: LoraSettings) -> None:
             parameters[ours].requires_grad_(True)
 
 
-def _whole(parameter: Tensor) -> tuple[Tensor, int]:
-    return parameter.detach(), 0
-
-
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, local_rows: LocalRows = _whole) -> None:
+def initialise(model: nn.Module, seed: int, local_rows: LocalRows = all_rows) -> None:
     """Give every adapter PEFT's starting values: A uniform in +-1/sqrt(in) (kaiming_uniform, a = sqrt 5), B zero.
 
     A is drawn whole on the CPU from (seed, Hugging Face name), and each rank keeps its rows: equal on any number.
     """
-    for _, adapter in _modules(model, LoraAdapter):
-        local, first = local_rows(adapter.lora_A)
+    for _, adapter in modules(model, LoraAdapter):
         bound = adapter.lora_A.shape[1] ** -0.5
         drawn = torch.empty(adapter.lora_A.shape, dtype=torch.float32, device="cpu")
-        drawn.uniform_(-bound, bound, generator=_generator(seed, f"{adapter.name}.lora_A.weight"))
-        local.copy_(drawn[first : first + local.shape[0]])
+        drawn.uniform_(-bound, bound, generator=generator(seed, f"{adapter.name}.lora_A.weight"))
+        keep(drawn, adapter.lora_A, local_rows)
         local_rows(adapter.lora_B)[0].zero_()
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Saved]:
     """Every tensor of PEFT's adapter_model.safetensors -> the rows of our parameter that hold it."""
     table: dict[str, Saved] = {}
-    for path, adapter in _modules(model, LoraAdapter):
+    for path, adapter in modules(model, LoraAdapter):
         for matrix, rows in (("lora_A", adapter.lora_A.shape[0]), ("lora_B", adapter.lora_B.shape[0])):
             table[f"{PREFIX}{adapter.name}.{matrix}.weight"] = Saved(f"{path}.{matrix}", 0, rows)
     parameters = dict(model.named_parameters())
@@ -166,21 +149,10 @@ def saved_layout(model: nn.Module) -> dict[str, tuple[Piece, ...]]:
     """Our name of each `SavedPart` parameter -> the Hugging Face tensor it is a copy of; `layout` has the others."""
     return {
         f"{path}.{kind}": (Piece(f"{copy.name}.{kind}", 0, parameter.shape[0]),)
-        for path, copy in _modules(model, SavedPart)
+        for path, copy in modules(model, SavedPart)
         for kind, parameter in copy.named_parameters(recurse=False)
     }
 
 
-def _modules(model: nn.Module, kind: type[M]) -> Iterator[tuple[str, M]]:
-    for path, module in model.named_modules():
-        if isinstance(module, kind):
-            yield path, module
-
-
 def _fp32_copy(parameter: Tensor, part: Part) -> nn.Parameter:
     return nn.Parameter(parameter.detach()[part.start : part.stop].to(torch.float32, copy=True))
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}\n{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

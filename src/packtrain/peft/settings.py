@@ -12,29 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from packtrain.errors import UserError
+from packtrain.peft.reader import Reader, whole
 
 ALL_LINEAR = "all-linear"
-
-_SILENT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-}
-"""Keys of adapter_config.json that change nothing in what the adapter computes here."""
-
-_ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", None),
-    "bias": ("none",),
-    # the other ways to begin also rewrite the base weights, or train differently
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,40 +76,9 @@ def config_dict(settings: LoraSettings, base_model_name: str) -> dict[str, Any]:
 
 
 def settings_from(config: Mapping[str, Any], where: str = "adapter_config.json") -> LoraSettings:
-    """Settings of a saved adapter. Raises UserError with everything in it that cannot be followed.
-
-    A key this version does not know is passed over while its value is empty, zero, false or null, and refused else.
-    """
-    problems = _unsupported(config, where)
-    values = {key: _value(key, config[key], where, problems) for key in _READERS if key in config}
-    for key in ("peft_type", "r", "lora_alpha", "target_modules"):
-        if key not in config:
-            problems.append(f"{where}: no {key}; expected one in the file that peft or packtrain wrote")
-    if problems:
-        raise UserError(problems)
+    """Settings of a saved adapter. Raises UserError with everything in it that cannot be followed."""
     # what the file leaves out has PEFT's defaults, which are not llama-recipes'
-    return LoraSettings(**{"lora_dropout": 0.0, **values})
-
-
-def _unsupported(config: Mapping[str, Any], where: str) -> list[str]:
-    problems = []
-    for key, value in config.items():
-        if key in _SILENT or key in _READERS:
-            continue
-        accepted = _ACCEPTED.get(key)
-        if accepted is None:
-            if value:
-                problems.append(f"{where}: {key} is {value!r}, which is not supported; only plain LoRA without it is")
-        elif value not in accepted:
-            choices = " or ".join(repr(choice) for choice in accepted)
-            problems.append(f"{where}: {key} is {value!r}; only {choices} is supported")
-    return problems
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError("a whole number")
-    return value
+    return LoraSettings(**{"lora_dropout": 0.0, **_READER.read(config, where)})
 
 
 def _number(value: Any) -> float:
@@ -160,19 +109,23 @@ def _names_or_none(value: Any) -> tuple[str, ...]:
     return () if value is None else _names(value)
 
 
-_READERS = {
-    "r": _whole,
-    "lora_alpha": _number,
-    "target_modules": _names_or_pattern,
-    "lora_dropout": _number,
-    "use_rslora": _flag,
-    "modules_to_save": _names_or_none,
-}
-
-
-def _value(key: str, value: Any, where: str, problems: list[str]) -> Any:
-    try:
-        return _READERS[key](value)
-    except TypeError as expected:
-        problems.append(f"{where}: {key} is {value!r}; expected {expected}")
-        return None
+_READER = Reader(
+    method="LoRA",
+    read_by={
+        "r": whole,
+        "lora_alpha": _number,
+        "target_modules": _names_or_pattern,
+        "lora_dropout": _number,
+        "use_rslora": _flag,
+        "modules_to_save": _names_or_none,
+    },
+    needs=("r", "lora_alpha", "target_modules"),
+    accepts={
+        "peft_type": ("LORA",),
+        "task_type": ("CAUSAL_LM", None),
+        "bias": ("none",),
+        # the other ways to begin also rewrite the base weights, or train differently
+        "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+    },
+    silent=frozenset({"megatron_core", "qalora_group_size"}),
+)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from types import FrameType, TracebackType
 
+from packtrain import log
 from packtrain.errors import EXIT_STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -20,6 +22,8 @@ class Interrupt:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Interrupt:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python lets only the main thread have handlers: a run inside a service keeps the service's
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
@@ -40,4 +44,5 @@ class Interrupt:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         if not self._training:
+            log.say(f"packtrain: stopped by {self.signal.name} before the first step")
             sys.exit(EXIT_STOPPED)

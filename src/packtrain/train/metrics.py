@@ -1,6 +1,8 @@
-"""What a run says about itself: `run/metrics.jsonl`, the averages llama-recipes returns, the progress on screen.
+"""What a run says about itself: `run/metrics.jsonl` and the averages llama-recipes returns.
 
 MetricsFile     one JSON line an optimizer step, and event lines; rank 0 only
+cut             the file as it was at a step, for a run that goes on from there
+Listener        who else is told (llama-recipes' metrics file, Weights & Biases)
 Averages        per-epoch sums from which avg_train_loss and its kin are made
 memory_gb       this rank's figure, no polling thread
 """
@@ -10,11 +12,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+from packtrain.checkpoint.files import write_text
 
 
 def memory_gb(device: torch.device) -> float:
@@ -35,29 +40,72 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-class MetricsFile:
-    """Appends to `run/metrics.jsonl`; every line is whole on disk before the next step's."""
+class Listener(Protocol):
+    """Is told what happens, on rank 0. Losses are mean token losses in nats."""
 
-    def __init__(self, path: Path | None) -> None:
+    def step(self, line: Mapping[str, Any]) -> None:
+        """An optimizer step's line, as in metrics.jsonl."""
+
+    def evaluation(self, step: int, loss: float, batches: Sequence[float]) -> None:
+        """A validation after `step`, as a whole and batch by batch (NaN for one without labels)."""
+
+    def epoch(self, step: int, train_loss: float, eval_loss: float | None) -> None:
+        """An epoch has ended with `step`, and its validation is done; None if there was none."""
+
+    def close(self, results: Mapping[str, Any] | None) -> None:
+        """The run has ended with these results, or, with None, without any."""
+
+
+class MetricsFile:
+    """Appends to `run/metrics.jsonl`; every line is whole on disk before the next step's. Passes it on."""
+
+    def __init__(self, path: Path | None, listeners: Sequence[Listener] = ()) -> None:
         self._file = path.open("a", encoding="utf-8") if path else None
+        self._listeners = listeners
 
     def write(self, **values: Any) -> None:
-        """One line; floats that are not finite become null."""
+        """One line; floats that are not finite become null. It is a step's unless it names an event."""
         if self._file is None:
             return
         clean = {k: finite_or_none(v) if isinstance(v, float) else v for k, v in values.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
+        if "event" not in values:
+            for listener in self._listeners:
+                listener.step(clean)
 
-    def evaluation(self, step: int, loss: float) -> None:
+    def evaluation(self, step: int, loss: float, batches: Sequence[float] = ()) -> None:
         """The line of a validation."""
         self.write(event="eval", step=step, eval_loss=loss, eval_perplexity=perplexity(loss))
+        for listener in self._listeners:
+            listener.evaluation(step, loss, batches)
 
-    def close(self) -> None:
+    def epoch(self, step: int, train_loss: float, eval_loss: float | None) -> None:
+        """An epoch's end, which has no line of its own."""
+        for listener in self._listeners:
+            listener.epoch(step, train_loss, eval_loss)
+
+    def close(self, results: Mapping[str, Any] | None = None) -> None:
         """Put the last lines on disk."""
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
+        for listener in self._listeners:
+            listener.close(results)
+
+
+def cut(path: Path, step: int, *, evaluated: bool) -> None:
+    """Drop the lines behind a step, its evaluation unless it was `evaluated`, and what a kill left unfinished."""
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # the last one, cut short
+        at = line.get("step", 0)
+        if at < step or (at == step and (evaluated or line.get("event") != "eval")):
+            kept.append(f"{text}\n")
+    write_text(path, "".join(kept))
 
 
 @dataclass

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from packtrain.batch import Batch
+from packtrain.batch import Batch, queued
 from packtrain.distributed.collectives import sum_
 from packtrain.distributed.parallelize import reduce_gradients, set_gradient_sync
 from packtrain.distributed.place import Place
@@ -35,6 +35,8 @@ class StepReport:
     grad_norm: Tensor
     agreed: Tensor
     """float64 [3], the summed step vector."""
+    scale: Tensor
+    """0-dim fp32, what fp16 multiplied the loss by; 1 without fp16."""
     memory: Tensor
     """fp32 [ranks], GiB of each rank at the step's end."""
 
@@ -42,7 +44,7 @@ class StepReport:
 def step_vector(batches: Sequence[Batch], stop: bool, device: torch.device) -> Tensor:
     """This rank's share of what is agreed on, float64 [3]: made on the host, so that nothing asks the device."""
     shares = [sum(b.count for b in batches), sum(b.tokens for b in batches), int(stop)]
-    return torch.tensor(shares, dtype=torch.float64, device=device)
+    return queued(torch.tensor(shares, dtype=torch.float64), device)
 
 
 def train_step(
@@ -61,6 +63,7 @@ def train_step(
     """
     sum_(agreed, place)
     labels = agreed[LABELS].float()
+    scale = optimizer.scale(torch.ones((), device=place.device))
     loss = torch.zeros((), device=place.device)
     for i, batch in enumerate(batches):
         set_gradient_sync(model, last=i == len(batches) - 1)
@@ -78,4 +81,5 @@ def train_step(
     tail[0] = loss
     tail[1 + place.rank] = memory()
     sum_(tail, place)
-    return StepReport(loss=tail[0], grad_norm=norm, agreed=agreed, memory=tail[1:])
+    norm = norm.to(place.device)  # of gradients that may be in host memory
+    return StepReport(loss=tail[0], grad_norm=norm, agreed=agreed, scale=scale, memory=tail[1:])

@@ -82,11 +82,7 @@ def test_every_number_has_a_range() -> None:
         ("--quantization", "--quantization: trains an adapter (found '8bit'); add --use_peft"),
         (
             "--use_peft --peft_method None",
-            "--peft_method: expected lora, found None: --use_peft needs something to train",
-        ),
-        (
-            "--use_peft --freeze_layers",
-            "--freeze_layers: is for full fine-tuning; an adapter leaves every layer as it is",
+            "--peft_method: expected lora, llama_adapter or prefix, found None: --use_peft needs something to train",
         ),
         ("--use_peft --target_modules []", "--target_modules: expected names of linear layers, found none"),
         (
@@ -101,6 +97,7 @@ def test_every_number_has_a_range() -> None:
             "--mixed_precision False --fsdp_config.mixed_precision True",
             "--fsdp_config.mixed_precision: is True, while --mixed_precision is False; they are one setting: say one",
         ),
+        ("--use_fp16 --mixed_precision False", "--use_fp16: asks for fp16 and --mixed_precision False for fp32; leave"),
         ("--use_fp16 --pure_bf16", "--use_fp16: asks for fp16 and --pure_bf16 for bf16; leave out one of the two"),
         (
             "--hsdp --sharding_strategy FULL_SHARD",
@@ -136,6 +133,14 @@ def test_every_number_has_a_range() -> None:
         ),
         ("--dist_checkpoint_folder=", "--dist_checkpoint_folder: expected a folder's name, found none"),
         ("--use_profiler --flop_counter", "--use_profiler: cannot go with --flop_counter; leave out one of the two"),
+        (
+            "--use_profiler --max_train_step 6",
+            "--use_profiler: waits 1 step, warms up for 2 and records 3; expected 7 or more of --max_train_step, found",
+        ),
+        (
+            "--flop_counter --flop_counter_start 4 --max_train_step 4",
+            "--flop_counter_start: counts the step after 4 others; expected more of --max_train_step, found 4",
+        ),
         ("--freeze_LLM_only", "--freeze_LLM_only: is for vision models, and packtrain trains text models only"),
     ],
 )
@@ -211,11 +216,11 @@ def test_each_rule_is_needed(rule: object, monkeypatch: pytest.MonkeyPatch) -> N
         "--hsdp --sharding_strategy FULL_SHARD",
         "--fsdp_activation_checkpointing True --activation_checkpointing none",
         "--custom_dataset.file x.txt",
-        "--save_metrics",
+        "--deterministic",
     ]
     if rule is check._measuring:
         monkeypatch.setattr(check, "not_yet", lambda cfg: iter(()))
-        lines = ["--use_profiler --flop_counter"]
+        lines = ["--use_profiler --flop_counter", "--use_profiler --max_train_step 1"]
     assert all(problems(line) for line in lines)
     monkeypatch.setattr(check, "RULES", tuple(other for other in check.RULES if other is not rule))
     assert not all(problems(line) for line in lines)

@@ -137,7 +137,7 @@ def test_every_way_to_write_a_flag(line: str, dotted: str, value: object) -> Non
         ("--use_peft 1", "--use_peft: expected true or false, found '1'"),
         ("--nouse_peft=true", "--nouse_peft: expected no value, found 'true'"),
         ("--output_dir=", "--output_dir: expected text or None, found ''"),
-        ("--output_dir", "--output_dir: expected text or None, found no value"),
+        ("--output_dir", "--output_dir: expected text, found no value"),
         ("--seed None", "--seed: expected a whole number, found 'None'"),
         ("--batching_strategy packin", "expected one of packing, padding, found 'packin'; did you mean packing?"),
         (

@@ -221,7 +221,7 @@ def test_flags_to_yaml_and_back(said: list[tuple[str, str]]) -> None:
     with tempfile.TemporaryDirectory() as folder, mock.patch("packtrain.configs.parse.found", return_value=()):
         cfg = parse([f"--{name}={text}" for name, text in said])
         plain, commented = Path(folder, "plain.yaml"), Path(folder, "config.yaml")
-        plain.write_text(yaml.safe_dump(to_yaml_dict(cfg), allow_unicode=True), encoding="utf-8")
+        plain.write_text(yaml.safe_dump(to_yaml_dict(cfg)), encoding="utf-8")
         cfg.write(commented)
         for file in (plain, commented):
             again = parse([str(file)])

@@ -13,39 +13,14 @@ from packtrain.errors import UserError
 
 MODEL = ["--model_name", "M"]
 REFUSED = [
-    "--use_peft --peft_method llama_adapter",
-    "--use_peft --peft_method prefix",
     "--use_peft --bias all",
     "--use_peft --bias lora_only",
     "--use_peft --quantization",
     "--use_peft --quantization 4bit",
     "--use_peft --quantization int4",
     "--use_peft --quantization int8",
-    "--use_peft --quantization fp8",
-    "--use_fp16",
-    "--fsdp_config.use_fp16",
-    "--optimizer anyprecision",
-    "--optimizer adamw8bit",
-    "--nouse_kahan",
-    "--fsdp_cpu_offload",
-    "--checkpoint_type FULL_STATE_DICT",
-    "--freeze_layers",
-    "--num_freeze_layers 8",
-    "--attention flash",
-    "--attention flex",
-    "--attention eager",
-    "--activation_checkpointing selective",
     "--deterministic",
-    "--save_steps 5",
-    "--save_optimizer",
     "--grace_seconds 5",
-    "--flop_counter",
-    "--flop_counter_start 4",
-    "--use_profiler",
-    "--profiler_dir P",
-    "--save_metrics",
-    "--use_wandb",
-    "--dataset llamaguard_toxicchat_dataset",
 ]
 
 
@@ -85,13 +60,6 @@ def test_the_rows_name_real_fields_and_values() -> None:
     assert {name for names, _, _ in support.NEEDS for name in names} <= set(FIELDS)
 
 
-def test_one_feature_is_refused_once() -> None:
-    with pytest.raises(UserError) as error:
-        parse([*MODEL, "--freeze_layers", "--num_freeze_layers", "8"])
-    (problem,) = error.value.problems
-    assert problem.startswith("--freeze_layers, --num_freeze_layers: freezing layers comes with a later version")
-
-
 @pytest.mark.parametrize(
     "line",
     [
@@ -103,9 +71,8 @@ def test_one_feature_is_refused_once() -> None:
         "--checkpoint_type SHARDED_STATE_DICT",
         "--freeze_layers False --num_freeze_layers 1",
         "--attention auto",
-        "--save_steps 0 --save_optimizer False",
+        "--save_steps 5 --save_optimizer False",
         "--grace_seconds 30",
-        "--flop_counter_start 3",
         "--lora_config.task_type CAUSAL_LM",
     ],
 )
@@ -119,7 +86,7 @@ def test_what_happens_anyway_is_accepted(line: str) -> None:
         ("--low_cpu_fsdp", "--low_cpu_fsdp: accepted, does nothing: weights are always streamed"),
         ("--low_cpu_fsdp False", "--low_cpu_fsdp: accepted, does nothing: weights are always streamed"),
         ("--one_gpu", "--one_gpu: accepted, does nothing: the number of workers decides"),
-        ("--use_fast_kernels", "--use_fast_kernels: accepted, does nothing: the fastest kernels"),
+        ("--use_fast_kernels", "--use_fast_kernels: accepted, does nothing: the fastest attention"),
         ("--use_peft --task_type CAUSAL_LM", "--task_type: accepted, does nothing: packtrain trains text generation"),
         ("--use_peft --noinference_mode", "--noinference_mode: accepted, does nothing: a run trains"),
         ("--lora_config.r 4", "--lora_config.r: has no effect without --use_peft --peft_method lora"),
@@ -127,13 +94,16 @@ def test_what_happens_anyway_is_accepted(line: str) -> None:
         ("--quantization_config.quant_type nf4", "--quantization_config.quant_type: has no effect without --quantiz"),
         ("--wandb_config.project p", "--wandb_config.project: has no effect without --use_wandb"),
         ("--gradient_clipping_threshold 2", "--gradient_clipping_threshold: has no effect without --gradient_clipping"),
+        ("--flop_counter_start 3", "--flop_counter_start: has no effect without --flop_counter"),
+        ("--profiler_dir P", "--profiler_dir: has no effect without --use_profiler"),
         ("--gamma 0.5 --lr_scheduler cosine", "--gamma: has no effect without --lr_scheduler gamma"),
         ("--eval_steps 5 --norun_validation", "--eval_steps: has no effect without --run_validation"),
         ("--dist_checkpoint_folder x", "--dist_checkpoint_folder: has no effect without --dist_checkpoint_root_folder"),
-        (
-            "--output_dir o --dist_checkpoint_root_folder x",
-            "--dist_checkpoint_root_folder: has no effect beside --output",
-        ),
+        ("--optimizer anyprecision", "--optimizer: has no effect without --pure_bf16"),
+        ("--nouse_kahan", "--nouse_kahan: has no effect without --pure_bf16 --optimizer anyprecision"),
+        ("--pure_bf16 --nouse_kahan", "--nouse_kahan: has no effect without --pure_bf16 --optimizer anyprecision"),
+        ("--num_freeze_layers 8", "--num_freeze_layers: has no effect without --freeze_layers"),
+        ("--use_peft --freeze_layers", "--freeze_layers: has no effect with --use_peft"),
         ("--max_train_step 5 --warmup_steps 5", "--warmup_steps: 5 steps, so lr is still rising when --max_train_step"),
     ],
 )
@@ -148,9 +118,17 @@ def test_what_has_no_effect_is_said(line: str, said: str) -> None:
         "--enable_fsdp --use_peft --r 4 --lr 1e-3",
         "--gradient_clipping --gradient_clipping_threshold 2",
         "--gamma 0.5",
+        "--flop_counter --flop_counter_start 4",
+        "--use_profiler --profiler_dir P",
+        "--attention eager",
         "--eval_steps 5",
-        "--dist_checkpoint_folder x --dist_checkpoint_root_folder y",
+        "--dist_checkpoint_folder x --dist_checkpoint_root_folder y --output_dir o",
         "--max_train_step 6 --warmup_steps 5",
+        "--pure_bf16 --optimizer anyprecision --nouse_kahan",
+        "--optimizer adamw8bit",
+        "--freeze_layers --num_freeze_layers 8",
+        "--use_fp16 --fsdp_cpu_offload --save_metrics",
+        "--use_wandb --wandb_config.project p",
     ],
 )
 def test_what_has_an_effect_is_not_remarked_on(line: str) -> None:
@@ -162,17 +140,17 @@ def test_what_has_an_effect_is_not_remarked_on(line: str) -> None:
     [
         ("train_config.lr", "obeyed"),
         ("train_config.low_cpu_fsdp", "restates"),
-        ("train_config.use_fp16", "later"),
+        ("train_config.use_fp16", "obeyed"),
         ("train_config.freeze_LLM_only", "refused"),
         ("lora_config.bias", "later"),
-        ("prefix_config.num_virtual_tokens", "later"),
+        ("prefix_config.num_virtual_tokens", "obeyed"),
         ("quantization_config.quant_type", "later"),
-        ("wandb_config.project", "later"),
-        ("llamaguard_toxicchat_dataset.test_split", "later"),
+        ("wandb_config.project", "obeyed"),
+        ("llamaguard_toxicchat_dataset.test_split", "obeyed"),
         ("lora_config.r", "obeyed"),
         ("grammar_dataset.train_split", "obeyed"),
-        ("train_config.attention", "obeyed (later: flash, flex, eager)"),
-        ("train_config.peft_method", "obeyed (later: llama_adapter, prefix)"),
+        ("train_config.attention", "obeyed"),
+        ("train_config.peft_method", "obeyed"),
     ],
 )
 def test_status(dotted: str, said: str) -> None:

@@ -90,8 +90,8 @@ def test_a_file_says_the_same_as_flags(tmp_path: Path, text: str, dotted: str, v
         ("seed: 1\n\nlr: -1", "run.yaml:3: lr: expected a number above 0, found -1.0"),
         ("lora_config:\n  lora_dropout: 1", "run.yaml:2: lora_dropout: expected 0 or more, and less than 1, found 1.0"),
         (
-            "save_metrics: true",
-            "run.yaml:1: save_metrics: llama-recipes' metrics file comes with a later version (found T",
+            "deterministic: true",
+            "run.yaml:1: deterministic: forcing bit-exact kernels comes with a later version (found T",
         ),
         ("hsdp: true\nsharding_strategy: NO_SHARD", "run.yaml:1: hsdp: means HYBRID_SHARD, while "),
         ("r: 4", "run.yaml:1: r: belongs to lora_config (--use_peft --peft_method lora)"),

@@ -103,7 +103,7 @@ def test_no_collator_is_none(tmp_path: Path, section: Any) -> None:
         ("def load(c, t, s): return []\n", ["no function get_custom_dataset", "[load]", "mine.py:FUNCTION"]),
         ("def get_custom_dataset(c, t, s):\n    return c.nothing\n", ["mine.py:2", "AttributeError", "'tr'"]),
         ("def get_custom_dataset(c, t, s):\n    yield {}\n    1 / 0\n", ["mine.py:3", "ZeroDivisionError"]),
-        ("def get_custom_dataset(c, t, s): return 3\n", ["gave a int"]),
+        ("def get_custom_dataset(c, t, s): return 3\n", ["gave a value of type int"]),
         ("def get_custom_dataset(c, t, s): return []\n", ["gave no rows"]),
         ("def get_custom_dataset(c, t, s): return [[1]]\n", ["row 1", "is a list, expected a dict"]),
     ],

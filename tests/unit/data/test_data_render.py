@@ -31,6 +31,7 @@ def test_the_answer_is_a_column_of_each_template() -> None:
         "grammar_dataset": "target",
         "samsum_dataset": "summary",
         "alpaca_dataset": "output",
+        "llamaguard_toxicchat_dataset": "toxicity",
     }
     assert all(t.answer in t.columns for t in TEMPLATES.values())
 

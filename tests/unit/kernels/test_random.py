@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packtrain.kernels.random import dropout, token_keys
+from packtrain.kernels.random import _bits, _mix64, _number, dropout, token_keys
 
 
 def keys_of(rows: int, length: int, seed: int = 0, step: int = 0) -> Tensor:
@@ -138,8 +138,6 @@ def test_mixing_is_murmur3_and_splitmix64() -> None:
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
         return x ^ (x >> 31)
-
-    from packtrain.kernels.random import _bits, _mix64, _number  # noqa: PLC0415
 
     numbers = torch.tensor([0, 1, -1, 2**62, -(2**63)])
     assert [x % 2**64 for x in _mix64(numbers).tolist()] == [splitmix(x % 2**64) for x in numbers.tolist()]

@@ -70,6 +70,12 @@ def test_defaults_of_unknown_keys_are_fine(tmp_path: Path) -> None:
     assert settings_from(peft_json(tmp_path) | {"something_new": None, "another": {}, "third": False}).r == 8
 
 
+def test_what_the_file_leaves_out_is_pefts_default() -> None:
+    bare = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    expected = LoraSettings(r=4, lora_alpha=8, target_modules=("q_proj",), lora_dropout=LoraConfig().lora_dropout)
+    assert settings_from(bare) == expected
+
+
 def test_all_problems_at_once(tmp_path: Path) -> None:
     config = peft_json(tmp_path) | {"r": "8", "use_dora": True, "lora_dropout": None, "target_modules": None}
     del config["lora_alpha"]

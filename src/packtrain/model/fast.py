@@ -1,0 +1,153 @@
+"""Decoder layers with a frozen base as one operation each: forward and backward written out over few kernels.
+
+    obstacle            why a model cannot take this form, or None
+    install             gives it to every layer; before sharding, on meta
+    allocate            memory for the weights of an unsharded model, with room for the adapters' columns
+    staged              where values of a weight go: to the weight, or to a float8 one through its scale
+    final_norm          the last norm, of the rows that the loss needs
+
+What it computes is what model/llama.py's layers compute; those stay, as its definition and for all that does not fit.
+Why it is faster: adapters ride in the base's products (kernels/lowrank.py), everything between two products is one
+kernel a row (kernels/rows.py), the base may be float8 (kernels/float8.py), and a layer can be recomputed from its
+input and its attention's output alone, without its last product.
+
+The residual stream between layers is a pair (x, delta) whose sum it is: the next norm's kernel adds them. Nothing here
+asks the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from packtrain.kernels import float8, rows
+from packtrain.kernels.lowrank import Plan, Span, storage
+from packtrain.kernels.rows import Form
+from packtrain.model.fast_layer import FastLayer, Recompute, Shared, Stream, linears
+from packtrain.model.linear import Linear
+
+__all__ = ["FastLayer", "Recompute", "allocate", "final_norm", "install", "obstacle", "staged"]
+
+
+def obstacle(model: nn.Module, device: torch.device, form: Form) -> str | None:
+    """What of a model (adapters installed, meta or not) this form cannot do, in a few words."""
+    if not rows.HAS_TRITON and device.type == "cuda":
+        return "Triton is not installed"
+    if device.type == "cuda" and form.dtype not in {torch.bfloat16, torch.float16}:
+        return f"{form.dtype} is computed by other kernels"
+    if cast(Any, model).model.norm.weight.requires_grad:
+        return "the last norm is trained"
+    for layer in _layers(model):
+        if any(parameter.requires_grad for parameter in _base(layer)):
+            return "weights of the base are trained"
+        if getattr(layer.self_attn, "prompt", None) is not None:
+            return "an adapter takes part in attention"
+        for linear in linears(layer):
+            if linear.bias is not None:
+                return "linear layers have a bias"
+            if linear.out_features % 16 or linear.in_features % 16:
+                return "a linear layer's size is no multiple of 16"
+            if found := _adapters_obstacle(linear):
+                return found
+    return None
+
+
+def _adapters_obstacle(linear: Linear) -> str | None:
+    adapters: list[Any] = list(linear.adapters.values())
+    if not all(hasattr(adapter, "lora_A") for adapter in adapters):
+        return "whole layers are trained beside the adapters"
+    if any(adapter.dropout > 0 for adapter in adapters):
+        return "adapters have a dropout"
+    if len({(adapter.lora_A.shape[0], adapter.scale) for adapter in adapters}) > 1:
+        return "adapters of one layer differ in rank"
+    return None
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    return list(cast(Any, model).model.layers)
+
+
+def _base(layer: Any) -> list[nn.Parameter]:
+    norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+    return [linear.weight for linear in linears(layer)] + norms
+
+
+def install(model: nn.Module, form: Form, recompute: Recompute) -> None:
+    """Let every layer take this form. A float8 base changes its weights' dtype, and gets their scales as buffers."""
+    shared = Shared(form, keeps_transposed=recompute == "none")
+    for layer in _layers(model):
+        products = linears(layer)
+        if form.float8:
+            for linear in products:
+                device = linear.weight.device
+                empty = torch.empty(linear.weight.shape, dtype=float8.E4M3, device=device)
+                linear.weight = nn.Parameter(empty, requires_grad=False)
+                most = max(linear.weight.shape)  # the one scale, for as many rows as the weight or its transpose has
+                linear.register_buffer("weight_scale", torch.empty(most, dtype=torch.float32, device=device), False)
+        layer.fast = FastLayer(shared, tuple(map(_plan, products)), recompute)
+    cast(Any, model).fast_norm = final_norm
+
+
+def _plan(linear: Linear) -> Plan:
+    adapted = [part for part in linear.parts if part.name in linear.adapters]
+    if not adapted:
+        return Plan(linear.out_features, linear.in_features, (), 0, 1.0)
+    first: Any = linear.adapters[adapted[0].name]
+    rank = first.lora_A.shape[0]
+    spans = tuple(Span(part.start, part.stop, i * rank) for i, part in enumerate(adapted))
+    return Plan(linear.out_features, linear.in_features, spans, rank, float(first.scale))
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Memory for the fast layers' weights, without values; for a model that is not sharded."""
+    for layer in _layers(model):
+        fast: FastLayer = layer.fast
+        for linear, plan in zip(linears(layer), fast.plans, strict=True):
+            whole = storage(plan, fast.shared.form, device)
+            linear.weight = nn.Parameter(whole[: plan.n, : plan.k], requires_grad=False)
+        fast.lasting = True
+
+
+@contextmanager
+def staged(model: nn.Module, name: str, local: Tensor) -> Iterator[Tensor]:
+    """Where to put the values of parameter `name`, whose rows are `local`: quantised at the end if it is float8."""
+    if local.dtype != float8.E4M3:
+        yield local
+        return
+    dtype = torch.float32 if local.device.type == "cpu" else torch.bfloat16
+    values = torch.empty(local.shape, dtype=dtype, device=local.device)
+    yield values
+    layer: Any = model.get_submodule(name.rpartition(".")[0])
+    numbers, scale = float8.quantise_matrix(values)
+    local.view(torch.uint8).copy_(numbers.view(torch.uint8))
+    layer.weight_scale.copy_(scale)
+
+
+def final_norm(stream: Stream, norm: Any, index: Tensor | None) -> Tensor:
+    """The norm of the stream's rows of `index` int64 [N], or of all: [N, D]. The norm's weight has no gradient."""
+    x, delta = stream if isinstance(stream, tuple) else (stream, None)
+    return cast(Tensor, _FinalNorm.apply(x, delta, norm.weight, norm.eps, index))  # type: ignore[no-untyped-call]
+
+
+class _FinalNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, index: Tensor | None) -> Tensor:
+        z, rstd, y = rows.add_norm(x, delta, weight, eps, Form(x.dtype, float8=False), 0, index)
+        ctx.save_for_backward(z, weight, rstd, index)
+        ctx.count = x.shape[0]
+        return y.data
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight, rstd, index = ctx.saved_tensors
+        if index is None:
+            dz, _ = rows.norm_backward(dy.contiguous(), z, weight, rstd, None, Form(z.dtype, float8=False), 0)
+        else:
+            dz = rows.norm_backward_at(dy.contiguous(), z, weight, rstd, index, ctx.count)
+        return dz, dz if ctx.needs_input_grad[1] else None, None, None, None

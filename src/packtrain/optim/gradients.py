@@ -1,0 +1,31 @@
+"""Figures of a whole gradient that stay on the device: its norm, whether it is finite, and clipping by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from packtrain.distributed.collectives import sum_
+from packtrain.distributed.parallelize import copies
+from packtrain.distributed.place import Place
+
+
+@torch.no_grad()
+def grad_norm(gradients: Sequence[Tensor], model: nn.Module, place: Place) -> Tensor:
+    """2-norm of the whole gradient, 0-dim fp32, the same bits on every rank: one all-reduce, of the squares."""
+    # In float64: torch's fp32 norm of 30 million numbers is off by 0.16 % on a CPU.
+    squares = torch.stack(torch._foreach_norm(list(gradients), 2, torch.float64)).square().sum()
+    return sum_(squares / copies(model, place), place).sqrt().float()
+
+
+def not_finite(norm: Tensor) -> Tensor:
+    """1.0 if a 0-dim norm is NaN or infinite, else 0.0; on the device, fp32."""
+    return (~norm.isfinite()).float()
+
+
+@torch.no_grad()
+def clip_(gradients: Sequence[Tensor], norm: Tensor, threshold: float) -> None:
+    """Scale gradients in place so that their `norm` is at most `threshold`, as torch's clip_grad_norm_ does."""
+    torch._foreach_mul_(list(gradients), (threshold / (norm + 1e-6)).clamp(max=1.0))

@@ -1,0 +1,56 @@
+"""In which precision a run computes, and what its optimizer keeps: from flags to dtype and rule.
+
+weight_dtype    of the forward's weights, which is also what is saved
+optimizer_rule  of packtrain.optim's, by name
+precision_line  both in a sentence
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from packtrain import log
+from packtrain.configs.run import RunConfig
+
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def weight_dtype(cfg: RunConfig, device: torch.device) -> torch.dtype:
+    """bf16 on GPUs and fp32 on CPUs, unless pure_bf16, use_fp16 or mixed_precision False was given."""
+    asked = torch.bfloat16 if cfg.fsdp_config.pure_bf16 else torch.float16 if cfg.train_config.use_fp16 else None
+    if asked is not None:
+        if device.type == "cpu":
+            slow = "without instructions for it, as on most, it is about 50 times slower than fp32"
+            log.once(f"warning: {SHORT[asked]} was asked for on a CPU; {slow}")
+        return asked
+    if device.type == "cpu" or not cfg.fsdp_config.mixed_precision:
+        return torch.float32
+    return torch.bfloat16
+
+
+def optimizer_rule(cfg: RunConfig) -> str:
+    """As asked; anyprecision is for pure_bf16 alone, as in llama-recipes."""
+    asked = cfg.fsdp_config.optimizer
+    return "AdamW" if asked == "anyprecision" and not cfg.fsdp_config.pure_bf16 else asked
+
+
+def precision_line(cfg: RunConfig, weights: torch.dtype, learning: Collection[torch.dtype]) -> str:
+    """For example "bf16 weights; AdamW, fp32 masters and moments". `learning`: dtypes of what trains."""
+    rule = optimizer_rule(cfg)
+    masters = "fp32 masters" if set(learning) - {torch.float32} else ""
+    computed = f"{SHORT[weights]} weights"
+    if weights != torch.float32 and not masters:
+        computed += ", fp32 where they train"
+    if rule == "anyprecision":
+        loses = "updates below a weight's last place are lost (--use_kahan keeps them)"
+        carries = "what rounding takes from a weight is carried on" if cfg.fsdp_config.use_kahan else loses
+        return f"{computed}; AnyPrecision AdamW, bf16 moments" + (f", no masters: {carries}" if masters else "")
+    if rule == "adamw8bit":
+        kept = f"AdamW of torchao, {masters + ' and ' if masters else ''}8-bit moments"
+    else:
+        kept = f"AdamW, {masters + ' and moments' if masters else 'fp32 moments'}"
+        if masters and cfg.fsdp_config.pure_bf16:
+            kept += " (--optimizer anyprecision does without both)"
+    return f"{computed}; {kept}" + ("; loss scaled by 65,536 at first" if cfg.train_config.use_fp16 else "")
