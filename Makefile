@@ -3,6 +3,7 @@
 # make test        the whole test suite that CI runs
 # make test-slow   what takes longer (real weights against PEFT); its last output is in docs/
 # make test-gpu    the GPU tests, with whatever PYTHON has (PYTHON=python3); they skip without a CUDA device
+# make bench       packtrain and its installed peers in turn on this machine's GPU, one table (PYTHON=python3)
 # make lint        ruff and strict types
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-slow test-gpu lint clean
+.PHONY: setup demo test test-slow test-gpu bench lint clean
 
 setup: $(STAMP)
 
@@ -38,6 +39,9 @@ test-slow: $(STAMP)
 
 test-gpu:
 	PYTHONPATH=src:tests $(PYTHON) -m pytest -m gpu tests
+
+bench:
+	PYTHONPATH=src:. $(PYTHON) -m bench
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
