@@ -128,6 +128,8 @@ def build(cfg: RunConfig, inputs: Inputs, place: Place, *, weights: bool = True)
         for block in blocks(model)[: cfg.train_config.num_freeze_layers]:
             freeze(block)
     fused = _fused_layers(cfg, model, place)
+    if not fused and cfg.train_config.activation_checkpointing == "selective":
+        log.say("--activation_checkpointing selective: layers in their plain form are recomputed whole, as with full")
     fsdp = cfg.fsdp_config
     home = parallelize(
         model,
