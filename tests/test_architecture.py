@@ -42,6 +42,7 @@ ROOMS = (
     "checkpoint",
     "train",
     "precision",
+    "building",
     "finetuning",
     "adapters",
     "preflight",

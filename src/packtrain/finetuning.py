@@ -1,51 +1,33 @@
-"""The story of one run, top to bottom; the only file that knows all the rooms.
+"""The story of one run, top to bottom; with building.py, the only file that knows all the rooms.
 
-    Inputs          what preflight read and checked: model config, weights, tokenizer, tokens, adapter settings
-    loaders         tokens -> batches by seed and epoch
-    build           model on meta -> adapters -> recompute, shard -> weights streamed into each rank's shard
-    optimizer_of    what trains, its masters and its schedule
-    run             all of it, the loop, and what the run leaves behind
-
-`build` and `optimizer_of` can be called without a run (tests, benches and predictions do).
+run             claim the folder, train, save, and what the run leaves behind
+Saver           the model as others read it
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch.distributed.fsdp import FSDPModule
+from typing import Any
 
 from packtrain import log, peft
+from packtrain.building import Inputs, build, loaders, optimizer_of, total_steps
 from packtrain.checkpoint import adapter as adapter_files
 from packtrain.checkpoint.dcp import saving_group
 from packtrain.checkpoint.dcp_folder import newest
 from packtrain.checkpoint.dcp_run import Checkpoints, Resumed
-from packtrain.checkpoint.folder import HfFolder
-from packtrain.checkpoint.hf import config_of, copy_side_files, expected_shapes, load_model, mirror, save_model
+from packtrain.checkpoint.hf import config_of, copy_side_files, expected_shapes, mirror, save_model
 from packtrain.checkpoint.places import checkpoint_root, output_root
 from packtrain.checkpoint.store import Claim, claim, read_json
 from packtrain.configs.run import RunConfig
 from packtrain.data.loader import Loader
-from packtrain.data.tokens import Tokens
-from packtrain.distributed.parallelize import local_rows, materialise, parallelize
 from packtrain.distributed.place import Place
-from packtrain.errors import Stopped, UserError
-from packtrain.kernels import float8
-from packtrain.kernels.attention_choice import choose
-from packtrain.kernels.rows import Form
-from packtrain.model import fast
-from packtrain.model.config import LlamaConfig
-from packtrain.model.llama import LlamaForCausalLM, blocks, draw
-from packtrain.optim import Optimizer, schedule
-from packtrain.peft.lora import saved_layout
-from packtrain.peft.trainable import count_line, freeze, trainable
-from packtrain.precision import optimizer_rule, precision_line, weight_dtype
+from packtrain.errors import Stopped
+from packtrain.model.llama import LlamaForCausalLM
+from packtrain.optim import Optimizer
+from packtrain.peft.trainable import count_line, trainable
+from packtrain.precision import precision_line, weight_dtype
 from packtrain.train.interrupt import Interrupt
 from packtrain.train.listeners import listeners_of, recipes_file
 from packtrain.train.loop import Loop, Plan, Sinks
@@ -53,162 +35,6 @@ from packtrain.train.measure import watch_of
 from packtrain.train.metrics import MetricsFile, cut
 from packtrain.train.record import Record
 from packtrain.train.words import batch_line, sharding_line
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inputs:
-    """What a run reads, found right by preflight."""
-
-    model_config: LlamaConfig
-    config_json: dict[str, Any]
-    weights: HfFolder | None
-    """None: random weights (--random_init)."""
-    tokenizer: Any | None
-    train: Tokens
-    validation: Tokens | None
-    collator: Callable[..., Any] | None
-    adapter: peft.Settings | None
-    """None: full fine-tuning."""
-    adapter_folder: Path | None
-    """--from_peft_checkpoint's."""
-    pad_id: int
-    fingerprint: dict[str, Any]
-    skipped: tuple[dict[str, Any], ...] = ()
-    """Rows that --on_bad_rows skip left out: file, row, line, reason. Known to the rank that read them."""
-
-
-def loaders(
-    cfg: RunConfig, inputs: Inputs, place: Place, step_items: int | None = None
-) -> tuple[Loader, Loader | None]:
-    """Training and validation batches of this rank. `step_items`: of the run that is gone on with."""
-    train = cfg.train_config
-    shared: dict[str, Any] = {
-        "strategy": strategy(cfg, inputs),
-        "context_length": train.context_length,
-        "rank": place.rank,
-        "world_size": place.world_size,
-        "seed": train.seed,
-        "pad_id": inputs.pad_id,
-        "collator": inputs.collator,
-    }
-    training = Loader(
-        inputs.train,
-        batch_size=train.batch_size_training,
-        accumulation=train.gradient_accumulation_steps,
-        shuffle=True,
-        step_items=step_items,
-        **shared,
-    )
-    if inputs.validation is None:
-        return training, None
-    return training, Loader(inputs.validation, batch_size=train.val_batch_size, accumulation=1, shuffle=False, **shared)
-
-
-def strategy(cfg: RunConfig, inputs: Inputs) -> Literal["packing", "padding"]:
-    """How rows become batches: as asked; a user's collator, which pads, changes the default."""
-    if inputs.collator is not None and not cfg.typed("train_config.batching_strategy"):
-        return "padding"
-    return cfg.train_config.batching_strategy
-
-
-def build(cfg: RunConfig, inputs: Inputs, place: Place, *, weights: bool = True) -> LlamaForCausalLM:
-    """The model of this rank, weights in place: no rank ever holds more than its shard and a slice.
-
-    Without `weights` it has memory for them and no values: a checkpoint brings them.
-    """
-    dtype = weight_dtype(cfg, place.device)
-    model = LlamaForCausalLM(inputs.model_config, dtype=dtype, device=torch.device("meta"))
-    attention = choose(cfg.train_config.attention, place.device, dtype, inputs.model_config.head_dim)
-    log.say(str(attention))
-    model.model.kernel = attention.kernel
-    adapter = inputs.adapter
-    if adapter is not None:
-        peft.method_of(adapter).install(model, adapter)
-    elif cfg.train_config.freeze_layers:
-        for block in blocks(model)[: cfg.train_config.num_freeze_layers]:
-            freeze(block)
-    fused = _fused_layers(cfg, model, place)
-    if not fused and cfg.train_config.activation_checkpointing == "selective":
-        log.say("--activation_checkpointing selective: layers in their plain form are recomputed whole, as with full")
-    fsdp = cfg.fsdp_config
-    home = parallelize(
-        model,
-        blocks(model),
-        place,
-        fsdp.sharding_strategy,
-        shard_group=fsdp.sharding_group_size,
-        replica_group=fsdp.replica_group_size,
-        recompute=cfg.train_config.activation_checkpointing in {"selective", "full"},
-        cpu_offload=fsdp.fsdp_cpu_offload,
-    )
-    if fused and not isinstance(model, FSDPModule):
-        fast.allocate(model, home)
-    materialise(model, home)
-    if not weights:
-        return model
-    if inputs.weights is not None:
-        for line in load_model(model, inputs.weights):
-            log.say(line)
-    else:
-        draw(model, cfg.train_config.seed, local_rows, saved_layout(model))
-    if adapter is not None:
-        peft.method_of(adapter).initialise(model, cfg.train_config.seed, local_rows)
-        if inputs.adapter_folder is not None:
-            adapter_files.load_adapter(model, inputs.adapter_folder)
-    return model
-
-
-def _fused_layers(cfg: RunConfig, model: LlamaForCausalLM, place: Place) -> bool:
-    """Give the layers their fast form where they can have it (model/fast.py); the log says which they have, and why."""
-    device, quantization = place.device, cfg.train_config.quantization
-    wants8 = quantization == "fp8"
-    if wants8 and not float8.supported(device):
-        log.say("--quantization fp8: this GPU has no float8 products (they came with Ada and Hopper); the base is bf16")
-        wants8 = False
-    form = Form(weight_dtype(cfg, device), wants8)
-    if device.type == "cpu" and not wants8:
-        return False
-    obstacle = "one process is needed, so far" if wants8 and place.world_size > 1 else None
-    obstacle = obstacle or fast.obstacle(model, device, form)
-    if obstacle is not None and wants8:
-        raise UserError(f"--quantization fp8: not possible here: {obstacle}; leave it out")
-    if obstacle is not None:
-        log.say(f"layers: plain form ({obstacle})")
-        return False
-    recompute = cfg.train_config.activation_checkpointing
-    fast.install(model, form, "none" if recompute == "auto" else recompute)
-    log.say(f"layers: fused form, base in {'float8' if wants8 else str(form.dtype).removeprefix('torch.')}")
-    return True
-
-
-def optimizer_of(
-    cfg: RunConfig, model: LlamaForCausalLM, steps_per_epoch: int, total_steps: int
-) -> tuple[Optimizer, Callable[[int], float]]:
-    """The optimizer over what trains, and the learning rate as a function of the step (from 1)."""
-    train = cfg.train_config
-    optimizer = Optimizer(
-        trainable(model),
-        lr=train.lr,
-        weight_decay=train.weight_decay,
-        rule=optimizer_rule(cfg),
-        use_kahan=cfg.fsdp_config.use_kahan,
-        fp16=train.use_fp16,
-    )
-    factor = schedule(
-        train.lr_scheduler,
-        total_steps=total_steps,
-        warmup_steps=train.warmup_steps,
-        steps_per_epoch=steps_per_epoch,
-        gamma=train.gamma,
-    )
-    return optimizer, lambda step: train.lr * factor(step)
-
-
-def total_steps(cfg: RunConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of the run."""
-    epochs = cfg.train_config.num_epochs * steps_per_epoch
-    limit = cfg.train_config.max_train_step
-    return min(limit, epochs) if limit else epochs
 
 
 def run(cfg: RunConfig, place: Place, inputs: Inputs, interrupt: Interrupt) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from packtrain import adapters, log, optim, peft
+from packtrain.building import Inputs
 from packtrain.checkpoint.folder import HfFolder
 from packtrain.checkpoint.hf import expected_shapes
 from packtrain.checkpoint.hub import resolve
@@ -33,7 +34,6 @@ from packtrain.data.tokens import Tokens, check_rows, tokenize
 from packtrain.distributed import parallelize
 from packtrain.distributed.place import Place
 from packtrain.errors import UserError, raise_if
-from packtrain.finetuning import Inputs
 from packtrain.kernels import attention_choice
 from packtrain.model.config import LlamaConfig
 from packtrain.model.llama import LlamaForCausalLM

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM as TheirLlama
 
 import tiny
-from packtrain import finetuning, log, preflight
+from packtrain import building, log, preflight
 from packtrain.checkpoint import dcp
 from packtrain.checkpoint.dcp_folder import StepFolder, complete, verify
 from packtrain.checkpoint.tensorfile import read_header
@@ -79,9 +79,9 @@ def built(place: Place, root: Path, case: str, **flags: Any) -> tuple[LlamaForCa
         **flags,
     )
     inputs = preflight.inputs(cfg, apart(place, case))
-    model = finetuning.build(cfg, inputs, place)
-    loader, _ = finetuning.loaders(cfg, inputs, place)
-    return model, finetuning.optimizer_of(cfg, model, 1, 1)[0], loader.step(0)
+    model = building.build(cfg, inputs, place)
+    loader, _ = building.loaders(cfg, inputs, place)
+    return model, building.optimizer_of(cfg, model, 1, 1)[0], loader.step(0)
 
 
 def rows_in(model: LlamaForCausalLM, optimizer: Optimizer, case: str) -> dict[str, dcp.Rows]:

@@ -4,7 +4,7 @@
                     padded or packed, sharded in any way, recomputed or not
     whole runs      the curve, the learning rate, clipping, dropout's masks and the validation loss, from metrics.jsonl
 
-Everything goes the way of a run: preflight's inputs, finetuning's loaders, model and optimizer, train's step.
+Everything goes the way of a run: preflight's inputs, building's loaders, model and optimizer, train's step.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM as TheirLlama
 
 import tiny
-from packtrain import finetuning, log, preflight
+from packtrain import building, log, preflight
+from packtrain.building import Inputs
 from packtrain.configs.parse import build
 from packtrain.distributed.parallelize import local_rows
 from packtrain.distributed.place import Place
-from packtrain.finetuning import Inputs
 from packtrain.model.linear import layout
 from packtrain.peft.lora import adapter_tensors
 from packtrain.peft.trainable import trainable
@@ -181,7 +181,7 @@ def first_steps(place: Place, root: Path, truths: dict[str, Truth], ways: list[A
     for method, number, recompute in ways:
         flags = flags_of(root, method) | STRATEGIES[place.world_size][number]
         flags |= {"activation_checkpointing": "full" if recompute else "none"}
-        model = finetuning.build(build(**flags), inputs[method], place)
+        model = building.build(build(**flags), inputs[method], place)
         for batch, accumulation, batching in splits(place.world_size, number):
             split = {"batch_size_training": batch, "gradient_accumulation_steps": accumulation}
             cfg = build(**(flags | split | {"batching_strategy": batching}))
@@ -191,8 +191,8 @@ def first_steps(place: Place, root: Path, truths: dict[str, Truth], ways: list[A
 
 
 def first_step(cfg: Any, inputs: Inputs, place: Place, model: Any, truth: Truth) -> tuple[float, float, Any]:
-    loader, _ = finetuning.loaders(cfg, inputs, place)
-    optimizer, _ = finetuning.optimizer_of(cfg, model, loader.steps_per_epoch, 1)
+    loader, _ = building.loaders(cfg, inputs, place)
+    optimizer, _ = building.optimizer_of(cfg, model, loader.steps_per_epoch, 1)
     errors = []
     optimizer.step = lambda found_inf: errors.append(worst(model, optimizer.gradients(), truth))  # type: ignore[method-assign]
     batches = loader.step(0)
@@ -319,7 +319,7 @@ def test_masks_do_not_depend_on_packing_but_on_the_step(curves: Any) -> None:
 def test_a_run_is_a_loop_over_transformers(place_of_work: Path, curves: Any) -> None:
     """Loss, norm before clipping, updates after it, decay, learning rate and validation, step by step."""
     flags = run_flags(place_of_work, "full", 1)
-    training, _ = finetuning.loaders(build(**flags), preflight.examine(build(**flags)).inputs, ALONE)
+    training, _ = building.loaders(build(**flags), preflight.examine(build(**flags)).inputs, ALONE)
     model, each = their_model(place_of_work, "full"), list(rows(place_of_work / "train.csv"))
     adamw = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.1)
     for step, lr in enumerate([0.01, 0.01, 0.005], 1):
@@ -354,11 +354,11 @@ def validation_losses(place: Place, root: Path) -> dict[tuple[str, int], float]:
     log.quiet()
     found = {}
     inputs = preflight.inputs(build(**flags_of(root, "lora")), place)
-    model = finetuning.build(build(**flags_of(root, "lora")), inputs, place)
+    model = building.build(build(**flags_of(root, "lora")), inputs, place)
     for batching in ("padding", "packing"):
         for size in (1, 2, 5):
             cfg = build(**flags_of(root, "lora") | {"val_batch_size": size, "batching_strategy": batching})
-            validation = finetuning.loaders(cfg, inputs, place)[1]
+            validation = building.loaders(cfg, inputs, place)[1]
             assert validation is not None
             found[batching, size] = evaluate(model, validation, place).loss
     return found

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM as TheirLlama
 
 import tiny
-from packtrain import finetuning, log, peft, preflight
+from packtrain import building, log, peft, preflight
 from packtrain.configs.parse import build
 from packtrain.distributed.parallelize import local_rows
 from packtrain.distributed.place import Place
@@ -133,7 +133,7 @@ def first_steps(place: Place, root: Path, truths: dict[str, Truth]) -> dict[Any,
         for number, strategy in enumerate(STRATEGIES[place.world_size]):
             for recompute in ("none", "full") if number == 0 else ("full",):
                 how = flags | strategy | {"activation_checkpointing": recompute}
-                model = finetuning.build(build(**how), inputs, place)
+                model = building.build(build(**how), inputs, place)
                 for batch, accumulation in SPLITS[place.world_size]:
                     for batching in ("padding", "packing"):
                         split = {"batch_size_training": batch, "gradient_accumulation_steps": accumulation}
@@ -144,8 +144,8 @@ def first_steps(place: Place, root: Path, truths: dict[str, Truth]) -> dict[Any,
 
 
 def first_step(cfg: Any, inputs: Any, place: Place, model: Any, truth: Truth) -> tuple[float, float, float]:
-    loader, _ = finetuning.loaders(cfg, inputs, place)
-    optimizer, _ = finetuning.optimizer_of(cfg, model, loader.steps_per_epoch, 1)
+    loader, _ = building.loaders(cfg, inputs, place)
+    optimizer, _ = building.optimizer_of(cfg, model, loader.steps_per_epoch, 1)
     errors = []
     optimizer.step = lambda found_inf: errors.append(worst(model, optimizer.gradients(), truth))  # type: ignore[method-assign]
     batches = loader.step(0)

@@ -18,7 +18,7 @@ from runs import apart, column, lines, train
 from safetensors.torch import load_file
 
 import tiny
-from packtrain import finetuning, log, preflight
+from packtrain import building, finetuning, log, preflight
 from packtrain.checkpoint.dcp_folder import complete, read_state, verify
 from packtrain.checkpoint.dcp_run import Checkpoints, Resumed
 from packtrain.configs.parse import build
@@ -171,7 +171,7 @@ def on_other_ranks(place: Place, root: Path, case: str) -> list[list[int]]:
     flags = flags_of(root, case, f"began/{case}-{place.world_size}", 2)
     train(place, "other", flags)
     cfg = build(**flags)
-    loader, _ = finetuning.loaders(cfg, preflight.inputs(cfg, apart(place, "rows")), place, 4)
+    loader, _ = building.loaders(cfg, preflight.inputs(cfg, apart(place, "rows")), place, 4)
     return [[row for batch in loader.step(step) for row in batch.rows] for step in range(2, STEPS)]
 
 
@@ -179,7 +179,7 @@ def begun(place: Place, root: Path, case: str) -> list[list[int]]:
     flags = flags_of(root, case, f"began/{case}", 2)
     cut_off(place, "begun", flags, 2)
     cfg = build(**flags)
-    loader, _ = finetuning.loaders(cfg, preflight.inputs(cfg, apart(place, "rows")), place)
+    loader, _ = building.loaders(cfg, preflight.inputs(cfg, apart(place, "rows")), place)
     return [[row for batch in loader.step(step) for row in batch.rows] for step in range(2, STEPS)]
 
 

@@ -35,7 +35,7 @@ from transformers import LlamaForCausalLM as TheirLlama
 
 import packtrain
 import tiny
-from packtrain import cli, finetuning, preflight
+from packtrain import building, cli, finetuning, preflight
 from packtrain.checkpoint.hf import save_model
 from packtrain.configs.parse import build, parse
 from packtrain.distributed.place import open_place
@@ -421,8 +421,8 @@ def test_golden_losses(method: str, settings: dict[str, Any], base: Path, tmp_pa
     cfg = build(**settings)
     with open_place("cpu") as place:
         inputs = preflight.examine(cfg).inputs
-        loader = finetuning.loaders(cfg, inputs, place)[0]
-        finetuning.Saver(cfg, finetuning.build(cfg, inputs, place), inputs, tmp_path / "start", place).save(best=False)
+        loader = building.loaders(cfg, inputs, place)[0]
+        finetuning.Saver(cfg, building.build(cfg, inputs, place), inputs, tmp_path / "start", place).save(best=False)
     theirs: nn.Module = TheirLlama.from_pretrained(base if method == "lora" else tmp_path / "start")
     if method == "lora":
         theirs = PeftModel.from_pretrained(theirs, str(tmp_path / "start"), is_trainable=True)

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from transformers import LlamaForCausalLM as TheirLlama
 
 import tiny
-from packtrain import finetuning, log, preflight
+from packtrain import building, log, preflight
 from packtrain.configs.parse import build
 from packtrain.data.collate import make_batch
 from packtrain.distributed.parallelize import gather, local_rows, reshard
@@ -95,9 +95,9 @@ def saved_after_a_step(place: Place, root: Path) -> dict[str, Tensor]:
         cfg = build(**flags_of(root, case, batch_size_training=-(-10 // place.world_size)))
         own = apart(place, case)
         inputs = preflight.inputs(cfg, own)
-        model = finetuning.build(cfg, inputs, place)
-        loader, _ = finetuning.loaders(cfg, inputs, place)
-        optimizer, _ = finetuning.optimizer_of(cfg, model, 1, 1)
+        model = building.build(cfg, inputs, place)
+        loader, _ = building.loaders(cfg, inputs, place)
+        optimizer, _ = building.optimizer_of(cfg, model, 1, 1)
         batches = loader.step(0)
         agreed = step_vector(batches, False, place.device)
         train_step(model, batches, agreed, optimizer, place, clip=None, memory=lambda: 0.0)
@@ -170,7 +170,7 @@ def grown_tables(place: Place, root: Path) -> dict[str, Tensor]:
     found = {}
     for case in ("full, grown", "full, tied, grown", "lora, grown"):
         cfg = build(**flags_of(root, case))
-        model = finetuning.build(cfg, preflight.inputs(cfg, apart(place, case)), place)
+        model = building.build(cfg, preflight.inputs(cfg, apart(place, case)), place)
         found |= {
             f"{case}: {name}": gather(p)
             for name, p in model.named_parameters()
@@ -199,7 +199,7 @@ def forty_saves(place: Place, root: Path) -> list[str]:
     case, out = "lora beside whole layers", root / "forty"
     cfg = build(**flags_of(root, case))
     inputs = preflight.inputs(cfg, apart(place, "forty"))
-    model = finetuning.build(cfg, inputs, place)
+    model = building.build(cfg, inputs, place)
     saver = Saver(cfg, model, inputs, out, place)
     found = []
     for number in range(40):

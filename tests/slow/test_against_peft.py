@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch.distributed import HashStore
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from packtrain import finetuning, preflight
+from packtrain import building, preflight
 from packtrain.checkpoint.adapter import save_adapter
 from packtrain.commands.smollm2 import fetch
 from packtrain.configs.parse import parse
@@ -150,8 +150,8 @@ def start_and_order(argv: list[str], folder: Path) -> list[tuple[int, ...]]:
         device=torch.device("cpu"),
         store=HashStore(),
     )
-    save_adapter(finetuning.build(cfg, inputs, alone), folder, config={})
-    loader, _ = finetuning.loaders(cfg, inputs, alone)
+    save_adapter(building.build(cfg, inputs, alone), folder, config={})
+    loader, _ = building.loaders(cfg, inputs, alone)
     return [batch.rows for step in range(loader.steps_per_epoch) for batch in loader.step(step)]
 
 
