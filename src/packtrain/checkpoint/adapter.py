@@ -52,7 +52,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def adapter_problems(model: nn.Module, folder: Path) -> list[str]:
     """A sentence for all in a saved adapter that does not fit `model` (with its adapters installed, meta or not)."""
     try:
-        return _fit(model, _slots(folder), folder / ADAPTER_WEIGHTS)
+        return _fit(model, slots_of(folder), folder / ADAPTER_WEIGHTS)
     except UserError as error:
         return error.problems
 
@@ -152,7 +152,8 @@ def _compare(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 raise Fault(f"{path}: {name} was read back with other values than were written; check the disk")
 
 
-def _slots(folder: Path) -> dict[str, Slot]:
+def slots_of(folder: Path) -> dict[str, Slot]:
+    """What tensors a saved adapter has. Raises UserError if it is pickled, leads out of its folder, or is damaged."""
     path = folder / ADAPTER_WEIGHTS
     if not path.exists() and (folder / "adapter_model.bin").exists():
         raise UserError(

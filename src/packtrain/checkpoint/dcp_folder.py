@@ -3,8 +3,10 @@
     StepFolder      a new one: made under a hidden name, then `commit`
     complete        those that are, by step; newest
     verify          a sentence for everything in one that is not as it was written
+    confirm         the same for one just made, with patience for a shared file system
     read_state      its state.json
-    keep_only, set_aside, put_away      the others
+    keep_newest, keep_only, set_aside, put_away     the others
+    check_room      whether there is place for one more
 
 Written in this order: data files, each synced; `manifest.json` with the size and SHA-256 of each; the rename to
 `step-N`; and `DONE`, with the manifest's own SHA-256. So a kill at any moment leaves a hidden folder, or one without
@@ -13,6 +15,7 @@ DONE, and no folder is ever written into again. Times of files decide nothing.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,12 +23,14 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from packtrain.checkpoint.files import sync_folder, write_text
+from packtrain.errors import Fault, UserError
 
 STATE, INDEX, MANIFEST, DONE = "state.json", "index.json", "manifest.json", "DONE"
 
@@ -39,6 +44,11 @@ _STEP = re.compile(r"step-(0|[1-9]\d*)")
 _HIDDEN = re.compile(r"\.step-\d+\.[0-9a-f]{8}")
 _BLOCK = 2**22
 
+SEEN_SECONDS = 20.0
+"""How long a shared file system may take to show on one machine what another one wrote."""
+
+T = TypeVar("T")
+
 
 class FileFacts(NamedTuple):
     """What the manifest says of a file."""
@@ -49,6 +59,10 @@ class FileFacts(NamedTuple):
 
 def facts_of(path: Path) -> FileFacts:
     """Size and SHA-256 of what the disk holds, as far as the system lets one ask past its memory."""
+    return _asked_again(lambda: _facts_of(path))
+
+
+def _facts_of(path: Path) -> FileFacts:
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         if sys.platform == "linux":
@@ -82,8 +96,12 @@ class StepFolder:
         if final.exists():
             set_aside(final)
         self.path.rename(final)
-        sync_folder(self._root)
-        write_text(final / DONE, _done(self._step, facts_of(final / MANIFEST)))
+        try:
+            sync_folder(self._root)
+            write_text(final / DONE, _done(self._step, facts_of(final / MANIFEST)))
+        except BaseException:
+            final.rename(self.path)  # out of sight again, for `abandon`
+            raise
         return final
 
     def abandon(self) -> None:
@@ -118,8 +136,11 @@ def newest(root: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
-def verify(folder: Path) -> list[str]:
-    """A sentence for everything in a `step-N` folder that is not as it was written; [] if all of it is."""
+def verify(folder: Path, read_back: Collection[str] = ()) -> list[str]:
+    """A sentence for everything in a `step-N` folder that is not as it was written; [] if all of it is.
+
+    Of the files `read_back`, whose bytes are known to be right, only presence and size are asked for.
+    """
     try:
         done, manifest = _text(folder / DONE), read_object(folder / MANIFEST)
     except ValueError as error:
@@ -135,13 +156,61 @@ def verify(folder: Path) -> list[str]:
         return [f"{folder}: holds step {step}; it was renamed"]
     files = manifest["files"]
     with ThreadPoolExecutor(max_workers=min(16, len(files) or 1), thread_name_prefix="verify") as pool:
-        answers = pool.map(lambda name: _difference(folder, name, FileFacts(**files[name])), files)
+        answers = pool.map(
+            lambda name: _difference(folder, name, FileFacts(**files[name]), digest=name not in read_back), files
+        )
     return [answer for answer in answers if answer is not None]
 
 
+def confirm(folder: Path, read_back: Collection[str]) -> list[str]:
+    """`verify` for one just made, asked until all is there or `SEEN_SECONDS` are over."""
+    until = time.monotonic() + SEEN_SECONDS
+    while (problems := verify(folder, read_back)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return problems
+
+
+def wait_until_seen(path: Path) -> None:
+    """Wait for what another rank says is there: its machine may see it before this one. Raises Fault in the end."""
+    until = time.monotonic() + SEEN_SECONDS
+    while not path.exists():
+        if time.monotonic() > until:
+            raise Fault(
+                f"{path}: another rank has it, and {SEEN_SECONDS:.0f} s later it is not seen here; every machine "
+                "needs the same file system at this path"
+            )
+        time.sleep(0.05)
+
+
+def check_room(root: Path, need: int) -> None:
+    """Raise Fault, with both numbers, if `need` bytes are not free where `root` is."""
+    free = free_bytes(root)
+    if free < need:
+        raise Fault(
+            f"{root}: a checkpoint takes {need / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; make "
+            "room, or have it elsewhere"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """What can still be written where `folder` is, there or not yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a verified folder. Raises ValueError, with a sentence, if it is none."""
-    return read_object(folder / STATE)
+    """state.json of a verified folder. Raises UserError if it is none: verified is what was written, by whomever."""
+    try:
+        return read_object(folder / STATE)
+    except ValueError as error:
+        raise UserError(f"{error}; another hand wrote it: set the folder aside") from None
+
+
+def keep_newest(root: Path, count: int, best: int | None) -> None:
+    """Remove all but the `count` newest complete steps (0: none of them) and that of the `best` evaluation."""
+    found = sorted(complete(root))
+    keep_only(root, {*(found[-count:] if count else found), *([] if best is None else [best])})
 
 
 def keep_only(root: Path, keep: Iterable[int]) -> None:
@@ -190,18 +259,35 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def _difference(folder: Path, name: str, expected: FileFacts) -> str | None:
+def _difference(folder: Path, name: str, expected: FileFacts, *, digest: bool) -> str | None:
     path = folder / name
     if Path(name).name != name or path.is_symlink():
         return f"{path}: the manifest names it, and it is no plain file of the folder"
-    if not path.is_file():
+    try:
+        size = _asked_again(path.stat).st_size
+        if not path.is_file():
+            return f"{path}: missing"
+        if size != expected.size:
+            return f"{path}: {size:,} bytes, and {expected.size:,} were written"
+        if digest and facts_of(path).sha256 != expected.sha256:
+            return f"{path}: its bytes are not those that were written (SHA-256)"
+    except FileNotFoundError:
         return f"{path}: missing"
-    size = path.stat().st_size
-    if size != expected.size:
-        return f"{path}: {size:,} bytes, and {expected.size:,} were written"
-    if facts_of(path).sha256 != expected.sha256:
-        return f"{path}: its bytes are not those that were written (SHA-256)"
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
     return None
+
+
+def _asked_again(look: Callable[[], T]) -> T:
+    """A shared file system may know a file by what it was (ESTALE); asked again it looks anew."""
+    for _ in range(20):
+        try:
+            return look()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            time.sleep(0.05)
+    return look()
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -218,7 +304,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return _asked_again(lambda: path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
     except (OSError, ValueError) as error:

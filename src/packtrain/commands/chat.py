@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import set_seed
 
-from packtrain.commands.generate import answer_all, default_device, load, sampling
+from packtrain.commands.generate import answer_all, default_device, load, sampling, templated
 from packtrain.configs.flat import flat_help, parse_flat
 from packtrain.configs.generation import GenerationConfig
 from packtrain.errors import EXIT_DONE, UserError
@@ -29,8 +29,7 @@ def run(argv: Sequence[str]) -> int:
     print("(an empty line ends the conversation)", file=sys.stderr)
     while said := _line():
         messages.append({"role": "user", "content": said})
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        answer = answer_all(model, tokenizer, [ids], **sampling(cfg))[0].strip()
+        answer = answer_all(model, tokenizer, [templated(tokenizer, messages)], **sampling(cfg))[0].strip()
         messages.append({"role": "assistant", "content": answer})
         print(answer)
     return EXIT_DONE

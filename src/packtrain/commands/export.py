@@ -10,6 +10,7 @@ Tensors go through block by block: however large the model, a few hundred MiB ar
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ def export_model(folder: Path, out: Path, dtype: torch.dtype | None, shard_bytes
 
 def export_adapter(folder: Path, out: Path) -> None:
     """An adapter's checkpoint as PEFT's two files."""
-    index = Index(folder)
+    index, config = Index(folder), read_json(folder / ADAPTER_CONFIG, "copy the checkpoint again")
     entries = {name: entry for name, entry in index.tensors.items() if not name.startswith(OPTIMIZER)}
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / ADAPTER_WEIGHTS) as file:
@@ -109,7 +110,7 @@ def export_adapter(folder: Path, out: Path) -> None:
         writer = TensorWriter(file, shapes, dtypes)
         for name, shape in shapes:
             writer.add_rows(name, shape, (index.rows(name, a, b) for a, b in blocks(shape)))
-    write_text(out / ADAPTER_CONFIG, (folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    write_text(out / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def export_merged(base: Path, adapter: Path, out: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:

@@ -10,20 +10,29 @@ Generation is transformers' and peft's work on purpose: what they read is what u
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from packtrain.checkpoint.adapter import slots_of
 from packtrain.checkpoint.hub import resolve
 from packtrain.configs.flat import flat_help, parse_flat
 from packtrain.configs.generation import GenerationConfig
 from packtrain.errors import EXIT_DONE, UserError
+
+TEMPLATE_SECONDS = 5.0
+"""How long a chat template may take."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -40,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
     if messages:
         if not tokenizer.chat_template:
             raise UserError(f"--conversation: the tokenizer of {cfg.model_name} has no chat template; use --prompt")
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids = templated(tokenizer, messages)
     else:
         ids = prompt_ids(tokenizer, str(text))
     set_seed(cfg.seed)
@@ -74,12 +83,16 @@ def load(model_name: str, peft_model: str | None, device: torch.device) -> tuple
     disable_progress_bar()
     folder = resolve(model_name, "--model_name")
     adapter = resolve(peft_model, "--peft_model") if peft_model else None
+    if adapter:
+        slots_of(adapter)  # peft would read a pickle
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     source = adapter if adapter and (adapter / "tokenizer_config.json").exists() else folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        ).to(device)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--model_name {model_name}: cannot be read ({str(error).splitlines()[0]})") from None
     if adapter:
         try:
@@ -94,6 +107,44 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     ids: list[int] = begin + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def templated(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """The ids of a conversation by the tokenizer's chat template, up to where the answer begins.
+
+    A template is a stranger's program: transformers runs it in Jinja's sandbox, and here it has TEMPLATE_SECONDS.
+    Raises UserError if it fails, reaches for what it may not, or does not end.
+    """
+    try:
+        with _time_limit(TEMPLATE_SECONDS):
+            ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except (TemplateError, TimeoutError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the tokenizer's chat template failed on this conversation ({type(error).__name__}: {error}); look at "
+            "chat_template in its folder, or use packtrain generate --prompt"
+        ) from None
+    if not ids:
+        raise UserError("the tokenizer's chat template makes nothing of this conversation; use --prompt")
+    return ids
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError after so many seconds of the block, in a main thread; elsewhere no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(*_: object) -> None:
+        raise TimeoutError(f"it had not ended after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], **settings: Any) -> list[str]:
