@@ -95,21 +95,33 @@ def test_what_is_right_is_not_refused(home: Home, capsys: pytest.CaptureFixture[
         cli.main(["train", *home.argv(None)])
 
 
-@pytest.mark.parametrize(
-    ("name", "guard", "instead"),
-    [
-        ("tensor_missing", "packtrain.checkpoint.folder.HfFolder.problems", lambda *_: []),
-        ("target_matches_nothing", "packtrain.peft.lora.problems", lambda *_: []),
-        ("adapter_of_another_model", "packtrain.adapters.adapter_problems", lambda *_: []),
-        ("list_in_jsonl", "packtrain.data.tokens._refuse", lambda *_, **__: None),
-        ("folder_in_use", "packtrain.checkpoint.store._living_owner", lambda *_: None),
-    ],
-)
+UNGUARDED: dict[str, tuple[str, Any]] = {
+    "tensor_missing": ("packtrain.checkpoint.folder.HfFolder.problems", lambda *_: []),
+    "target_matches_nothing": ("packtrain.peft.lora.problems", lambda *_: []),
+    "adapter_of_another_model": ("packtrain.adapters.adapter_problems", lambda *_: []),
+    "list_in_jsonl": ("packtrain.data.tokens._refuse", lambda *_, **__: None),
+    "missing_column": ("packtrain.data.sources._checked", lambda table, *_: table),
+    "bad_json_line": ("packtrain.data.tokens._refuse", lambda *_, **__: None),
+    "not_utf8": ("packtrain.data.files._text", lambda path, _: path.read_text("latin-1")),
+    "empty_answer": ("packtrain.data.tokens._refuse", lambda *_, **__: None),
+    "every_row_too_long": ("packtrain.data.tokens._untrainable", lambda *_: ""),
+    "custom_rows_teach_nothing": ("packtrain.data.tokens._untrainable", lambda *_: ""),
+    "ids_beyond_the_vocabulary": ("packtrain.data.tokens._unknown", lambda *_: ""),
+    "too_few_rows_for_validation": ("packtrain.data.sources._alpaca_part", lambda table, *_: table),
+    "shard_missing": ("packtrain.checkpoint.folder.HfFolder.problems", lambda *_: []),
+    "weights_cut_short": ("packtrain.checkpoint.folder.HfFolder.problems", lambda *_: []),
+    "config_of_another_size": ("packtrain.checkpoint.folder.HfFolder.problems", lambda *_: []),
+    "folder_in_use": ("packtrain.checkpoint.store._living_owner", lambda *_: None),
+}
+"""Case -> the guard that it needs, and what stands in its place when it is off."""
+
+
+@pytest.mark.parametrize("name", UNGUARDED)
 def test_without_its_guard_a_case_fails(
-    name: str, guard: str, instead: Any, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(guard, instead)
-    with pytest.raises((AssertionError, UserError)):
+    monkeypatch.setattr(*UNGUARDED[name])
+    with pytest.raises((AssertionError, UserError, LookupError)):
         test_one_clean_message(name, home, capsys)
 
 
