@@ -19,25 +19,26 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from packtrain import log, peft
+from packtrain import recompute as recomputing
 from packtrain.checkpoint import adapter as adapter_files
 from packtrain.checkpoint.folder import HfFolder
 from packtrain.checkpoint.hf import load_model
 from packtrain.configs.run import RunConfig
 from packtrain.data.loader import Loader
 from packtrain.data.tokens import Tokens
-from packtrain.distributed.parallelize import local_rows, materialise, parallelize
+from packtrain.distributed.parallelize import largest, local_rows, materialise, parallelize
 from packtrain.distributed.place import Place
 from packtrain.errors import UserError
 from packtrain.kernels import float8
 from packtrain.kernels.attention_choice import choose
 from packtrain.kernels.rows import Form
-from packtrain.model import fast
+from packtrain.model import fast, quantised
 from packtrain.model.config import LlamaConfig
 from packtrain.model.llama import LlamaForCausalLM, blocks, draw
 from packtrain.optim import Optimizer, schedule
 from packtrain.peft.lora import saved_layout
 from packtrain.peft.trainable import freeze, trainable
-from packtrain.precision import optimizer_rule, weight_dtype
+from packtrain.precision import optimizer_rule, quantisation, weight_dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,9 +113,24 @@ def build(cfg: RunConfig, inputs: Inputs, place: Place, *, weights: bool = True)
     elif cfg.train_config.freeze_layers:
         for block in blocks(model)[: cfg.train_config.num_freeze_layers]:
             freeze(block)
-    fused = _fused_layers(cfg, model, place)
-    if not fused and cfg.train_config.activation_checkpointing == "selective":
-        log.say("--activation_checkpointing selective: layers in their plain form are recomputed whole, as with full")
+    packed = quantisation(cfg, place.device)
+    if packed is not None:
+        quantised.quantise(model, *packed[:2])
+    form = _fused_form(cfg, model, place)
+    recompute, line = recomputing.choose(
+        cfg,
+        model,
+        place,
+        tokens=micro_batch_tokens(cfg, inputs),
+        form=form,
+        apart=_apart(cfg, inputs, attention.kernel, place),
+    )
+    if line is not None:
+        log.say(line)
+    if form is not None:
+        fast.install(model, form, recompute)
+    for block in blocks(model):
+        block.keeps_attention = recompute == "selective"
     fsdp = cfg.fsdp_config
     home = parallelize(
         model,
@@ -123,19 +139,22 @@ def build(cfg: RunConfig, inputs: Inputs, place: Place, *, weights: bool = True)
         fsdp.sharding_strategy,
         shard_group=fsdp.sharding_group_size,
         replica_group=fsdp.replica_group_size,
-        recompute=cfg.train_config.activation_checkpointing in {"selective", "full"},
+        recompute=recompute != "none",
         cpu_offload=fsdp.fsdp_cpu_offload,
     )
-    if fused and not isinstance(model, FSDPModule):
+    if form is not None and packed is None and not isinstance(model, FSDPModule):
         fast.allocate(model, home)
-    materialise(model, home)
+    materialise(model, home, place.device)
+    if packed is not None:
+        held, plain = (size / 2**30 for size in quantised.held(model, local_rows))
+        log.say(f"{packed[2]}; {held:.3g} GiB on this rank, {plain:.3g} without quantisation")
     if not weights:
         return model
     if inputs.weights is not None:
         for line in load_model(model, inputs.weights):
             log.say(line)
     else:
-        draw(model, cfg.train_config.seed, local_rows, saved_layout(model))
+        draw(model, cfg.train_config.seed, local_rows, saved_layout(model), largest)
     if adapter is not None:
         peft.method_of(adapter).initialise(model, cfg.train_config.seed, local_rows)
         if inputs.adapter_folder is not None:
@@ -143,8 +162,22 @@ def build(cfg: RunConfig, inputs: Inputs, place: Place, *, weights: bool = True)
     return model
 
 
-def _fused_layers(cfg: RunConfig, model: LlamaForCausalLM, place: Place) -> bool:
-    """Give the layers their fast form where they can have it (model/fast.py); the log says which they have, and why."""
+def micro_batch_tokens(cfg: RunConfig, inputs: Inputs) -> int:
+    """The most tokens, padding too, that a rank's micro-batch can have."""
+    lengths, train = inputs.train.lengths, cfg.train_config
+    packs = strategy(cfg, inputs) == "packing"
+    longest = int(lengths.sum() if packs else lengths.max())
+    return min(train.batch_size_training, len(lengths)) * min(longest, train.context_length)
+
+
+def _apart(cfg: RunConfig, inputs: Inputs, kernel: str, place: Place) -> bool:
+    """Whether attention goes document by document."""
+    by_sdpa = kernel == "sdpa" or (kernel == "auto" and place.device.type == "cpu")
+    return by_sdpa and strategy(cfg, inputs) == "packing"
+
+
+def _fused_form(cfg: RunConfig, model: LlamaForCausalLM, place: Place) -> Form | None:
+    """The fast form of the layers where they can have it (model/fast.py); the log says which they have, and why."""
     device, quantization = place.device, cfg.train_config.quantization
     wants8 = quantization == "fp8"
     if wants8 and not float8.supported(device):
@@ -152,18 +185,15 @@ def _fused_layers(cfg: RunConfig, model: LlamaForCausalLM, place: Place) -> bool
         wants8 = False
     form = Form(weight_dtype(cfg, device), wants8)
     if device.type == "cpu" and not wants8:
-        return False
-    obstacle = "one process is needed, so far" if wants8 and place.world_size > 1 else None
-    obstacle = obstacle or fast.obstacle(model, device, form)
+        return None
+    obstacle = fast.obstacle(model, device, form)
     if obstacle is not None and wants8:
         raise UserError(f"--quantization fp8: not possible here: {obstacle}; leave it out")
     if obstacle is not None:
         log.say(f"layers: plain form ({obstacle})")
-        return False
-    recompute = cfg.train_config.activation_checkpointing
-    fast.install(model, form, "none" if recompute == "auto" else recompute)
-    log.say(f"layers: fused form, base in {'float8' if wants8 else str(form.dtype).removeprefix('torch.')}")
-    return True
+        return None
+    log.say(f"layers: fused form, products in {'float8' if wants8 else str(form.dtype).removeprefix('torch.')}")
+    return form
 
 
 def optimizer_of(

@@ -1,6 +1,7 @@
 """In which precision a run computes, and what its optimizer keeps: from flags to dtype and rule.
 
 weight_dtype    of the forward's weights, which is also what is saved
+quantisation    of a frozen base in 4 or 8 bits: its format, what its products are computed in, a sentence on both
 optimizer_rule  of packtrain.optim's, by name
 precision_line  both in a sentence
 """
@@ -8,11 +9,13 @@ precision_line  both in a sentence
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import cast
 
 import torch
 
 from packtrain import log
 from packtrain.configs.run import RunConfig
+from packtrain.kernels.quantise import BLOCK, Quantisation, dequantiser
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -28,6 +31,32 @@ def weight_dtype(cfg: RunConfig, device: torch.device) -> torch.dtype:
     if device.type == "cpu" or not cfg.fsdp_config.mixed_precision:
         return torch.float32
     return torch.bfloat16
+
+
+def quantisation(cfg: RunConfig, device: torch.device) -> tuple[Quantisation, torch.dtype, str] | None:
+    """(format of the base's projections, dtype of their products, what to say of it); None if it is as it was."""
+    bits, quantization_config = cfg.train_config.quantization, cfg.quantization_config
+    if bits not in {"4bit", "8bit"}:
+        return None
+    storage, dtype = getattr(torch, quantization_config.quant_storage), _product_dtype(cfg, device)
+    if bits == "8bit":
+        form = Quantisation("int8", storage=storage)
+        return form, dtype, f"base in 8 bits: int8, a scale each row, products in {SHORT[dtype]}"
+    by_bitsandbytes, means = dequantiser(device)
+    kind, double = quantization_config.quant_type, quantization_config.use_double_quant
+    form = Quantisation(kind, double, storage, by_bitsandbytes)
+    scales = "scales in 8 bits (double quantisation), " if form.double else ""
+    held = f"{kind}, blocks of {BLOCK}, {scales}products in {SHORT[dtype]}"
+    return form, dtype, f"base in 4 bits: {held}, dequantised by {means}"
+
+
+def _product_dtype(cfg: RunConfig, device: torch.device) -> torch.dtype:
+    """As asked; if nobody did, what the rest computes in where bf16 is slow, on a CPU, or was not wanted: fp16."""
+    asked = cfg.quantization_config.compute_dtype
+    is_default = asked == "bfloat16" and cfg.origin.get("quantization_config.compute_dtype") != "flag"
+    if is_default and (device.type == "cpu" or cfg.train_config.use_fp16):
+        return weight_dtype(cfg, device)
+    return cast(torch.dtype, getattr(torch, asked))
 
 
 def optimizer_rule(cfg: RunConfig) -> str:

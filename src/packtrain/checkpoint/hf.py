@@ -27,10 +27,10 @@ from packtrain.checkpoint.files import copy_file, sync_folder
 from packtrain.checkpoint.folder import INDEX, HfFolder, Shape
 from packtrain.checkpoint.publish import CONFIG, SHARD_BYTES, Publication, shards_of
 from packtrain.checkpoint.tensorfile import DTYPES
-from packtrain.distributed.parallelize import gather, local_rows
+from packtrain.distributed.parallelize import gather, largest, local_rows
 from packtrain.errors import Fault, UserError, raise_if
-from packtrain.model.fast import staged
-from packtrain.model.linear import Piece, layout
+from packtrain.model.linear import Piece, base_shapes, layout
+from packtrain.model.staging import Target, staged
 from packtrain.peft.lora import saved_layout
 from packtrain.peft.targets import ties
 from packtrain.peft.tensors import LocalRows
@@ -44,8 +44,7 @@ STREAM_BYTES = 256 * 2**20
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 """Tensors with a row for each token; they may grow."""
 
-SIDE_FILES = (
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -56,14 +55,15 @@ SIDE_FILES = (
     "vocab.json",
     "merges.txt",
 )
+SIDE_FILES = ("generation_config.json", *TOKENIZER_FILES)
 """What belongs to a model besides its weights and config.json."""
 
 
 def expected_shapes(model: nn.Module) -> dict[str, Shape]:
     """Hugging Face name -> shape of every tensor that the model's weights are (adapters have none)."""
-    parameters = dict(model.named_parameters())
+    whole = base_shapes(model)
     return {
-        piece.name: (piece.stop - piece.start, *parameters[ours].shape[1:])
+        piece.name: (piece.stop - piece.start, *whole[ours][1:])
         for ours, pieces in layout(model).items()
         for piece in pieces
     }
@@ -85,7 +85,7 @@ def load_model(model: nn.Module, folder: HfFolder, local_rows: LocalRows = local
         local, first = local_rows(parameters[ours])
         if local.is_meta:
             raise ValueError(f"{ours} is still on meta: give the model memory before its weights")
-        with staged(model, ours, local) as target:
+        with staged(model, ours, local, local_rows, largest) as target:
             for piece in pieces:
                 _fill(target, first, piece, folder)
                 if ours in twins:
@@ -132,10 +132,14 @@ def save_model(
         _finish(publication, out, failure, config_of(config_json, shapes, dtype))
 
 
-def copy_side_files(source: Path, out: Path) -> None:
-    """Copy tokenizer and generation settings (`SIDE_FILES`), each whole or not at all, where `source` has them."""
+def copy_side_files(source: Path, out: Path, *, tokenizer: bool = True) -> None:
+    """Copy generation settings and `tokenizer` (`SIDE_FILES`), each whole or not at all, where `source` has them."""
     for name in SIDE_FILES:
-        if (source / name).is_file() and (source / name).resolve() != (out / name).resolve():
+        if (
+            (tokenizer or name not in TOKENIZER_FILES)
+            and (source / name).is_file()
+            and (source / name).resolve() != (out / name).resolve()
+        ):
             copy_file(source / name, out / name)
 
 
@@ -173,19 +177,19 @@ def _grown(expected: Mapping[str, Shape], folder: HfFolder) -> dict[str, int]:
     }
 
 
-def _fill(local: Tensor, first: int, piece: Piece, folder: HfFolder) -> None:
+def _fill(local: Target, first: int, piece: Piece, folder: HfFolder) -> None:
     """Fill what `local` (our parameter's rows from `first` on) has of a piece; rows beyond the file's get the mean."""
     have = folder.slots[piece.name].shape[0]
     start, stop = _overlap(local, first, piece)
     for a, b in _chunks(folder, piece.name, start - piece.start, min(stop - piece.start, have)):
         at = piece.start + a - first
-        local[at : at + b - a].copy_(folder.rows(piece.name, a, b))
+        local[at : at + b - a] = folder.rows(piece.name, a, b)
     new = max(start, piece.start + have)
     if new < stop:
-        local[new - first : stop - first].copy_(_mean_row(folder, piece.name, have))
+        local[new - first : stop - first] = _mean_row(folder, piece.name, have)
 
 
-def _overlap(local: Tensor, first: int, piece: Piece) -> tuple[int, int]:
+def _overlap(local: Target, first: int, piece: Piece) -> tuple[int, int]:
     """Rows of our parameter that are both this rank's and the piece's; empty if stop <= start."""
     return max(first, piece.start), min(first + local.shape[0], piece.stop)
 
@@ -206,7 +210,7 @@ def _mean_row(folder: HfFolder, name: str, rows: int) -> Tensor:
     return (total / rows).float()
 
 
-def _check_twin(local: Tensor, first: int, piece: Piece, twin: str, folder: HfFolder) -> None:
+def _check_twin(local: Target, first: int, piece: Piece, twin: str, folder: HfFolder) -> None:
     """A tied model's folder may hold the head as well; then both must be one."""
     start, stop = _overlap(local, first, piece)
     same_shape = folder.slots[twin].shape == folder.slots[piece.name].shape

@@ -77,10 +77,32 @@ class Linear(nn.Module):
 
     def split(self, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
         """The same, a tensor [T, rows] for each part: views of one product where there is no adapter."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)  # what trains may be fp32
-        y = F.linear(x, self.weight.to(x.dtype), bias)
-        outputs = torch.split(y, [part.stop - part.start for part in self.parts], dim=1)
+        outputs = torch.split(self.product(x), [part.stop - part.start for part in self.parts], dim=1)
         return tuple(self._adapted(part, x, output, keys) for part, output in zip(self.parts, outputs, strict=True))
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + b [T, out_features], without adapters."""
+        return F.linear(x, self.weight.to(x.dtype), self._bias(x.dtype))  # what trains may be fp32
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        """b [out_features] in `dtype`; an adapter that has a bias of its own has it instead of the base's rows."""
+        if self.bias is None:
+            return None
+        own = {
+            name: bias
+            for name, adapter in self.adapters.items()
+            if (bias := getattr(adapter, "bias", None)) is not None
+        }
+        if not own:
+            return self.bias.to(dtype)
+        base = self.bias.to(dtype)
+        return torch.cat(
+            [own[part.name].to(dtype) if part.name in own else base[part.start : part.stop] for part in self.parts]
+        )
+
+    def matrix(self) -> Tensor:
+        """W [out_features, in_features], for who multiplies by it himself: the parameter, or made of what is held."""
+        return self.weight
 
     def _adapted(self, part: Part, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         if part.name not in self.adapters:
@@ -127,6 +149,8 @@ def layout(model: nn.Module) -> dict[str, tuple[Piece, ...]]:
             if any(slot in full for slot in _SLOTS):
                 continue
             if isinstance(module, Linear):
+                if name not in ("weight", "bias"):
+                    continue  # scales of a quantised weight
                 parent = path.rpartition(".")[0]
                 stem = f"{parent}." if parent else ""
                 table[full] = tuple(Piece(f"{stem}{p.name}.{name}", p.start, p.stop) for p in module.parts)
@@ -135,3 +159,13 @@ def layout(model: nn.Module) -> dict[str, tuple[Piece, ...]]:
     first = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
     canonical = set(first.values())
     return {name: pieces for name, pieces in table.items() if name in canonical}
+
+
+def base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Our name of each base parameter -> the shape of what it is, which is not a quantised weight's own."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name in layout(model):
+        shape, module = model.get_parameter(name).shape, model.get_submodule(name.rpartition(".")[0])
+        is_matrix = isinstance(module, Linear) and len(shape) == 2
+        found[name] = (shape[0], cast(Linear, module).in_features) if is_matrix else tuple(shape)
+    return found

@@ -31,9 +31,9 @@ from packtrain.batch import Batch
 from packtrain.kernels.attention import Kernel, attention, prepared
 from packtrain.kernels.loss import linear_cross_entropy
 from packtrain.model.config import LlamaConfig
-from packtrain.model.fast import staged
 from packtrain.model.linear import Linear, Piece, TiedLinear, layout
 from packtrain.model.rope import cos_sin, rotate
+from packtrain.model.staging import Largest, Target, alone, staged
 
 __all__ = ["LlamaConfig", "LlamaDecoderLayer", "LlamaForCausalLM", "blocks", "draw"]
 
@@ -123,6 +123,8 @@ class LlamaDecoderLayer(nn.Module):
         self.mlp = LlamaMLP(config, dtype, device)
         self.recompute = False
         """Keep only the layer's input for the backward, and compute the rest again there."""
+        self.keeps_attention = False
+        """Of a layer that is recomputed, keep attention's inputs and output too: it is not computed twice."""
         self.fast: Callable[[LlamaDecoderLayer, Any, Rope, Batch], Any] | None = None
         """Another form of the same computation, over few kernels (model/fast.py)."""
 
@@ -130,15 +132,30 @@ class LlamaDecoderLayer(nn.Module):
         """[T, D] -> [T, D]."""
         if self.fast is not None:
             return cast(Tensor, self.fast(self, x, rope, batch))
-        if self.recompute and self.training:
-            # Dropout is a function of the batch's keys, so there is no random state to bring back.
-            again = checkpoint(self._forward, x, rope, batch, use_reentrant=False, preserve_rng_state=False)
-            return cast(Tensor, again)
-        return self._forward(x, rope, batch)
+        if not (self.recompute and self.training):
+            return self._forward(x, rope, batch)
+        if not self.keeps_attention:
+            return cast(Tensor, _again(self._forward, x, rope, batch))
+        q, k, v = _again(self._before, x, rope, batch)
+        return cast(Tensor, _again(self._after, x, self.self_attn.mix(q, k, v, batch), batch))
 
     def _forward(self, x: Tensor, rope: Rope, batch: Batch) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, batch)
+        return self._after(x, self.self_attn.mix(*self._before(x, rope, batch), batch), batch)
+
+    def _before(self, x: Tensor, rope: Rope, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of the residual stream."""
+        return self.self_attn.project(self.input_layernorm(x), rope, batch)
+
+    def _after(self, x: Tensor, mixed: Tensor, batch: Batch) -> Tensor:
+        """The stream after the layer, from that before it and what attention made."""
+        x = x + cast(Tensor, self.self_attn.o_proj(mixed.flatten(1), batch.keys.view(-1)))
         return x + cast(Tensor, self.mlp(self.post_attention_layernorm(x), batch))
+
+
+def _again(function: Callable[..., Any], *inputs: Any) -> Any:
+    """`function` of the inputs, computed again in the backward instead of kept."""
+    # Dropout is a function of the batch's keys, so there is no random state to bring back.
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Prompt(Protocol):
@@ -151,7 +168,7 @@ class Prompt(Protocol):
 
 
 class LlamaAttention(nn.Module):
-    """Grouped-query attention with rope."""
+    """Grouped-query attention with rope: `project`, `mix`, and then `o_proj`, which the layer calls."""
 
     def __init__(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -164,17 +181,18 @@ class LlamaAttention(nn.Module):
         self.prompt: nn.Module | None = None
         """The slot for a `Prompt`."""
 
-    def forward(self, x: Tensor, rope: Rope, batch: Batch) -> Tensor:
-        """[T, D] -> [T, D]."""
-        keys = batch.keys.view(-1)
-        q, k, v = (part.view(len(x), -1, self.head_dim) for part in self.qkv_proj.split(x, keys))
+    def project(self, x: Tensor, rope: Rope, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, D] -> q [T, Hq, d], k and v [T, Hkv, d]."""
+        parts = self.qkv_proj.split(x, batch.keys.view(-1))
+        q, k, v = (part.view(len(x), -1, self.head_dim) for part in parts)
         # Attention keeps v for its backward: as a view it would keep q and k from before their rotation as well.
-        q, k, v = rotate(q, *rope), rotate(k, *rope), v.contiguous()
+        return rotate(q, *rope), rotate(k, *rope), v.contiguous()
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        """-> [T, Hq, d]."""
         if self.prompt is None:
-            mixed = attention(q, k, v, batch)
-        else:
-            mixed = cast(Prompt, self.prompt)(q, k, v, batch, self.qkv_proj)
-        return cast(Tensor, self.o_proj(mixed.flatten(1), keys))
+            return attention(q, k, v, batch)
+        return cast(Prompt, self.prompt)(q, k, v, batch, self.qkv_proj)
 
 
 class LlamaMLP(nn.Module):
@@ -229,12 +247,13 @@ def draw(
     seed: int,
     local_rows: Callable[[Tensor], tuple[Tensor, int]] = _whole,
     copies: Mapping[str, tuple[Piece, ...]] | None = None,
+    largest: Largest = alone,
 ) -> None:
     """Fill the base parameters: weights normal(0, initializer_range), norms one, biases zero.
 
     `local_rows` gives a parameter's rows on this rank and the number of the first, for sharded ones. Every value is
     a function of (seed, Hugging Face's name, place), drawn on the CPU: the same on any number of ranks. `copies`
-    names further parameters and the tensors that they begin as.
+    names further parameters and the tensors that they begin as. `largest` joins the scales of sharded float8 weights.
     """
     pending: deque[tuple[ExitStack, list[Future[None]]]] = deque()
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -244,7 +263,7 @@ def draw(
                 local.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             stage = ExitStack()
-            target = stage.enter_context(staged(model, name, local))
+            target = stage.enter_context(staged(model, name, local, local_rows, largest))
             spans = _drawn_blocks(pieces, first, first + local.shape[0])
             fill = partial(_draw_rows, target, first, seed, model.config.initializer_range)
             pending.append((stage, [pool.submit(fill, *block) for block in spans]))
@@ -271,7 +290,7 @@ def _drawn_blocks(pieces: Sequence[Piece], first: int, last: int) -> list[tuple[
     ]
 
 
-def _draw_rows(target: Tensor, first: int, seed: int, spread: float, piece: Piece, top: int, bottom: int) -> None:
+def _draw_rows(target: Target, first: int, seed: int, spread: float, piece: Piece, top: int, bottom: int) -> None:
     """Rows [top, bottom) of a parameter, of which `target` has those from `first` on. Drawing is most of the time."""
     values = torch.empty(bottom - top, target.shape[1], dtype=torch.float32, device="cpu")
     values.normal_(0.0, spread, generator=_generator(f"{seed} {piece.name} {top - piece.start}"))
