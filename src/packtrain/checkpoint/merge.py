@@ -3,8 +3,8 @@
     Merge       what the merged model's tensors are, and their rows one block after another
     blocks      how many rows are in memory at once
 
-Layers trained whole (modules_to_save) take the place of the base's. A head that shares the embedding's weight, and has
-a LoRA or is not the embedding any more, becomes a weight of its own.
+Layers trained whole (modules_to_save) and trained biases take the place of the base's. A head that shares the
+embedding's weight, and has a LoRA or is not the embedding any more, becomes a weight of its own.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ class Merge:
         return (self._block(name, a, b) for a, b in blocks(self.shapes[name]))
 
     def _block(self, name: str, a: int, b: int) -> Tensor:
-        if PREFIX + name in self._adapter.slots:
-            return self._adapter.rows(PREFIX + name, a, b)
+        for trained in (PREFIX + name, f"{PREFIX}{name.removesuffix('bias')}base_layer.bias"):
+            if trained in self._adapter.slots:
+                return self._adapter.rows(trained, a, b)
         tied = name == HEAD and name not in self._base.slots
         rows = self._base_rows(EMBEDDING if tied else name, a, b)
         if name not in self._scales:

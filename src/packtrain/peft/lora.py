@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685) on a model's linear parts, and the layers trained whole beside it.
+"""LoRA (arXiv:2106.09685) on a model's linear parts, and the layers and biases trained whole beside it.
 
     problems         all that is wrong with settings on a model, before anything is built
     fit              settings -> what they mean on a model of this shape
@@ -13,6 +13,9 @@ a fused layer has one adapter for each of its parts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +25,7 @@ from packtrain.kernels.random import dropout
 from packtrain.model.config import LlamaConfig
 from packtrain.model.linear import Linear, Part, Piece, layout, linear_parts
 from packtrain.peft.settings import LoraSettings, config_dict, settings_from
-from packtrain.peft.targets import HEAD, select, ties
+from packtrain.peft.targets import HEAD, Selection, select, ties
 from packtrain.peft.tensors import PREFIX, LocalRows, Saved, all_rows, generator, keep, modules
 from packtrain.peft.trainable import freeze
 
@@ -30,6 +33,7 @@ __all__ = [
     "LoraAdapter",
     "LoraSettings",
     "SavedPart",
+    "TrainedBias",
     "adapter_tensors",
     "config_dict",
     "fit",
@@ -42,7 +46,10 @@ __all__ = [
 
 
 class LoraAdapter(nn.Module):
-    """y + scale * (dropout(x) A^T) B^T. `lora_A` fp32 [r, in], `lora_B` fp32 [out, r]; result in x's dtype."""
+    """y + scale * (dropout(x) A^T) B^T. `lora_A` fp32 [r, in], `lora_B` fp32 [out, r]; result in x's dtype.
+
+    Where biases train, `bias` fp32 [out] begins as the base's, and the layer adds it in its place.
+    """
 
     def __init__(self, name: str, layer: Linear, part: Part, settings: LoraSettings) -> None:
         super().__init__()
@@ -52,6 +59,8 @@ class LoraAdapter(nn.Module):
         device = layer.weight.device
         self.lora_A = nn.Parameter(torch.zeros(settings.r, layer.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(part.stop - part.start, settings.r, dtype=torch.float32, device=device))
+        trains = settings.bias != "none" and layer.bias is not None
+        self.bias = _fp32_copy(cast(Tensor, layer.bias), part) if trains else None
 
     def forward(self, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """x [T, in], y [T, out], keys int64 [T] (what dropout is drawn from) -> [T, out]."""
@@ -65,6 +74,19 @@ class LoraAdapter(nn.Module):
         if self.training and self.dropout > 0:
             x = dropout(x, keys, self.name, self.dropout)
         return F.linear(x, self.lora_A.to(x.dtype))
+
+
+class TrainedBias(nn.Module):
+    """The bias of a part without a LoRA, fp32 [out]: the layer adds it in the place of the base's."""
+
+    def __init__(self, name: str, layer: Linear, part: Part) -> None:
+        super().__init__()
+        self.name = name
+        self.bias = _fp32_copy(cast(Tensor, layer.bias), part)
+
+    def forward(self, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
+        """y [T, out] as it is."""
+        return y
 
 
 class SavedPart(nn.Module):
@@ -83,7 +105,8 @@ class SavedPart(nn.Module):
 
 def problems(model: nn.Module, settings: LoraSettings) -> list[str]:
     """A sentence for everything that is wrong with `settings` on this model (meta or not)."""
-    return settings.range_problems() + select(model, settings)[1]
+    selection, wrong = select(model, settings)
+    return settings.range_problems() + wrong + list(_bias_problems(model, settings, selection))
 
 
 def fit(settings: LoraSettings, config: LlamaConfig) -> LoraSettings:
@@ -106,6 +129,8 @@ def install(model: nn.Module, settings: LoraSettings) -> None:
             layer.adapters[part.name] = LoraAdapter(name, layer, part, settings)
         elif name in saved and name != HEAD:
             layer.adapters[part.name] = SavedPart(name, layer, part)
+        elif settings.bias == "all" and layer.bias is not None:
+            layer.adapters[part.name] = TrainedBias(name, layer, part)
     parts = {name for name, _, _ in linear_parts(model) if name != HEAD}
     parameters = dict(model.named_parameters())
     for ours, pieces in layout(model).items():
@@ -135,9 +160,12 @@ def adapter_tensors(model: nn.Module) -> dict[str, Saved]:
     for path, adapter in modules(model, LoraAdapter):
         for matrix, rows in (("lora_A", adapter.lora_A.shape[0]), ("lora_B", adapter.lora_B.shape[0])):
             table[f"{PREFIX}{adapter.name}.{matrix}.weight"] = Saved(f"{path}.{matrix}", 0, rows)
+        if adapter.bias is not None:  # peft keeps it in the layer that its own one wraps
+            table[f"{PREFIX}{adapter.name}.base_layer.bias"] = Saved(f"{path}.bias", 0, adapter.bias.shape[0])
     parameters = dict(model.named_parameters())
     learning = {name: pieces for name, pieces in layout(model).items() if parameters[name].requires_grad}
-    for ours, pieces in (learning | saved_layout(model)).items():
+    copies = {ours: pieces for kind in (SavedPart, TrainedBias) for ours, pieces in _copies(model, kind).items()}
+    for ours, pieces in (learning | copies).items():
         table |= {PREFIX + piece.name: Saved(ours, piece.start, piece.stop) for piece in pieces}
     for shared, own in ties(model).items():
         if own in learning:
@@ -146,12 +174,34 @@ def adapter_tensors(model: nn.Module) -> dict[str, Saved]:
 
 
 def saved_layout(model: nn.Module) -> dict[str, tuple[Piece, ...]]:
-    """Our name of each `SavedPart` parameter -> the Hugging Face tensor it is a copy of; `layout` has the others."""
+    """Our name of each parameter that is a copy -> the Hugging Face tensor it starts from; `layout` has the others."""
+    return _copies(model, SavedPart) | _copies(model, TrainedBias) | _copies(model, LoraAdapter)
+
+
+def _copies(
+    model: nn.Module, kind: type[SavedPart] | type[TrainedBias] | type[LoraAdapter]
+) -> dict[str, tuple[Piece, ...]]:
     return {
-        f"{path}.{kind}": (Piece(f"{copy.name}.{kind}", 0, parameter.shape[0]),)
-        for path, copy in modules(model, SavedPart)
-        for kind, parameter in copy.named_parameters(recurse=False)
+        f"{path}.{name}": (Piece(f"{copy.name}.{name}", 0, parameter.shape[0]),)
+        for path, copy in modules(model, kind)
+        for name, parameter in copy.named_parameters(recurse=False)
+        if name in {"weight", "bias"}
     }
+
+
+def _bias_problems(model: nn.Module, settings: LoraSettings, selection: Selection) -> Iterator[str]:
+    if settings.bias not in {"all", "lora_only"}:
+        return
+    have = [name for name, layer, _ in linear_parts(model) if layer.bias is not None]
+    if not have:
+        yield f"bias: {settings.bias}, and this model has none (config.json: attention_bias, mlp_bias); leave it out"
+    elif settings.bias == "lora_only" and not set(have) & set(selection.adapted):
+        yield "bias: lora_only, and no layer of target_modules has one in this model; leave it out, or give all"
+    elif settings.bias == "all" and set(have) & set(selection.saved):
+        yield (
+            "bias: all, and a layer with a bias is in modules_to_save, whose bias trains anyway; peft names it "
+            "otherwise then: give lora_only, or take the layer out"
+        )
 
 
 def _fp32_copy(parameter: Tensor, part: Part) -> nn.Parameter:

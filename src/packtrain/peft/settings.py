@@ -15,6 +15,7 @@ from typing import Any
 from packtrain.peft.reader import Reader, whole
 
 ALL_LINEAR = "all-linear"
+BIASES = ("none", "all", "lora_only")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,7 @@ class LoraSettings:
     modules_to_save: tuple[str, ...] = ()
     """Ends of module names to train whole and save with the adapter."""
     bias: str = "none"
+    """Which biases train: none, all of the model's, or lora_only, those of adapted layers."""
 
     @property
     def scale(self) -> float:
@@ -46,8 +48,8 @@ class LoraSettings:
             problems.append(f"lora_alpha: {self.lora_alpha}; expected a finite number above 0")
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout: {self.lora_dropout}; expected a probability in [0, 1)")
-        if self.bias != "none":
-            problems.append(f"bias: {self.bias!r}; only 'none' is supported: biases stay as they are")
+        if self.bias not in BIASES:
+            problems.append(f"bias: {self.bias!r}; expected {', '.join(BIASES)}")
         if not self.target_modules:
             problems.append("target_modules: empty; expected layer names, 'all-linear' or a regex")
         return problems
@@ -109,6 +111,12 @@ def _names_or_none(value: Any) -> tuple[str, ...]:
     return () if value is None else _names(value)
 
 
+def _bias(value: Any) -> str:
+    if value not in BIASES:
+        raise TypeError(" or ".join(repr(choice) for choice in BIASES))
+    return str(value)
+
+
 _READER = Reader(
     method="LoRA",
     read_by={
@@ -118,12 +126,12 @@ _READER = Reader(
         "lora_dropout": _number,
         "use_rslora": _flag,
         "modules_to_save": _names_or_none,
+        "bias": _bias,
     },
     needs=("r", "lora_alpha", "target_modules"),
     accepts={
         "peft_type": ("LORA",),
         "task_type": ("CAUSAL_LM", None),
-        "bias": ("none",),
         # the other ways to begin also rewrite the base weights, or train differently
         "init_lora_weights": (True, False, "gaussian", "orthogonal"),
     },

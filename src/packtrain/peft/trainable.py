@@ -8,9 +8,11 @@ count_line   how many, for people
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from math import prod
 
 from torch import nn
+
+from packtrain.model.linear import base_shapes
 
 
 def freeze(model: nn.Module) -> None:
@@ -31,14 +33,11 @@ def frozen(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def count_line(model: nn.Module) -> str:
     """For example "trainable 4,884,480 of 139.4 M (3.50 %)": elements of the whole model, whatever this rank holds."""
-    learning = _elements(trainable(model).values())
-    total = learning + _elements(frozen(model).values())
+    whole = base_shapes(model)
+    learning = sum(parameter.numel() for parameter in trainable(model).values())
+    total = learning + sum(prod(whole[name]) for name in frozen(model) if name in whole)
     share = 100 * learning / total if total else 0.0
     return f"trainable {learning:,} of {_short(total)} ({share:.2f} %)"
-
-
-def _elements(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
 
 
 def _short(count: int) -> str:

@@ -45,7 +45,7 @@ def test_reads_what_peft_writes(tmp_path: Path, settings: dict[str, Any]) -> Non
     ("key", "value"),
     [
         ("use_dora", True),
-        ("bias", "all"),
+        ("bias", "some"),
         ("layers_to_transform", [0]),
         ("rank_pattern", {"q_proj": 4}),
         ("alpha_pattern", {"q_proj": 4}),

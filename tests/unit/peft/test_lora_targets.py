@@ -75,7 +75,7 @@ def test_modules_to_save(tiny: Any, saved: tuple[str, ...], expected: list[str])
         ({"r": 0}, ["r: 0; expected a rank of at least 1"]),
         ({"lora_alpha": 0}, ["lora_alpha: 0"]),
         ({"lora_dropout": 1.0}, ["lora_dropout: 1.0; expected a probability in [0, 1)"]),
-        ({"bias": "all"}, ["bias: 'all'"]),
+        ({"bias": "some"}, ["bias: 'some'; expected none, all, lora_only"]),
     ],
 )
 def test_mistakes(tiny: Any, settings: dict[str, Any], words: list[str]) -> None:
