@@ -3,6 +3,7 @@
 read_adapter_config   the JSON, as it is
 adapter_problems      everything in a saved adapter that does not fit the model
 load_adapter          its rows into this rank's adapters
+compare               a saved adapter with the live one, by each rank's own rows
 save_adapter          gathered whole, written by one rank, read back and compared before it counts
 """
 
@@ -86,6 +87,22 @@ def load_adapter(model: nn.Module, folder: Path, local_rows: LocalRows = local_r
                 raise UserError(
                     f"{path}: {name} is not the base model's weight; the adapter belongs to another base model"
                 )
+
+
+@torch.no_grad()
+def compare(model: nn.Module, folder: Path, local_rows: LocalRows = local_rows) -> None:
+    """Open a saved adapter as a reader would, and compare every element of this rank's rows. Raises Fault."""
+    path = folder / ADAPTER_WEIGHTS
+    parameters = dict(model.named_parameters())
+    table = adapter_tensors(model)
+    with safe_open(str(path), framework="pt", device="cpu") as file:
+        if missing := sorted(set(table) - set(file.keys())):
+            raise Fault(f"{path}: the saved adapter lacks {listed(missing)}, which the model has")
+        for name, saved in table.items():
+            for place, ours in enumerate(saved.parameters):
+                live, rows = _mine(file, name, saved, local_rows(parameters[ours]), place)
+                if not torch.equal(live.float().cpu().view(torch.int32), rows.float().view(torch.int32)):
+                    raise Fault(f"{path}: {name} is saved with other values than the model has; do not use this file")
 
 
 def save_adapter(model: nn.Module, out: Path, config: Mapping[str, Any], *, leads: bool = True) -> None:
@@ -203,7 +220,10 @@ def _base_copies(model: nn.Module, names: Iterable[str]) -> dict[str, Saved]:
     places = {piece.name: Saved(ours, piece.start, piece.stop) for ours, ps in layout(model).items() for piece in ps}
     parameters = dict(model.named_parameters())
     places |= {shared: Saved(own, 0, parameters[own].shape[0]) for shared, own in ties(model).items()}
-    found = {name: name.removeprefix(PREFIX).replace(_BASE, ".") for name in names if _BASE in name}
+    ours = adapter_tensors(model)  # a trained bias of a layer with a LoRA has such a name too
+    found = {
+        name: name.removeprefix(PREFIX).replace(_BASE, ".") for name in names if _BASE in name and name not in ours
+    }
     return {name: places[theirs] for name, theirs in found.items() if theirs in places}
 
 

@@ -13,6 +13,7 @@ There is no random state to keep: order, new weights and dropout are functions o
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from packtrain.checkpoint.dcp_folder import StepFolder
+from packtrain.checkpoint.dcp_folder import StepFolder, free_bytes
 from packtrain.checkpoint.dcp_index import Index
 from packtrain.checkpoint.dcp_storage import OPTIMIZER, GatheredWriter, Reader, ShardWriter
 from packtrain.checkpoint.folder import count, listed
@@ -40,6 +41,8 @@ from packtrain.optim import Optimizer
 from packtrain.peft import adapter_tensors
 
 Kind = Literal["SHARDED_STATE_DICT", "FULL_STATE_DICT"]
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 PATIENCE = timedelta(hours=2)
 """How long a rank waits for another one's file: disks may be slow, and a rank that is gone is noticed at once."""
@@ -129,20 +132,22 @@ def save(
     group: ProcessGroup,
     kind: Kind = "SHARDED_STATE_DICT",
     weights: str = "model",
+    done: Callable[[Path], None] = lambda _: None,
 ) -> None:
     """Write `root/step-N`; every rank of `group` calls it. `finish`, on the leader, adds the small files.
 
-    `weights` names FULL_STATE_DICT's file. Raises Fault on every rank if any could not write; nothing is then left.
+    `done`, on the leader too, is given the folder once it counts and has been read back from the disk. `weights` names
+    FULL_STATE_DICT's file. Raises Fault on every rank if any could not write; nothing is then left.
     """
     rank = dist.get_rank(group)
     if kind == "FULL_STATE_DICT":
-        writer: ShardWriter = GatheredWriter(root, step, rank, finish, group=group, weights=weights)
+        writer: ShardWriter = GatheredWriter(root, step, rank, finish, done, group=group, weights=weights)
     else:
-        writer = ShardWriter(root, step, rank, finish)
+        writer = ShardWriter(root, step, rank, finish, done)
     try:
         dcp_save(dict(rows), storage_writer=writer, planner=_SavePlanner(), process_group=group)
     except CheckpointException as error:
-        raise _told(error, f"{root}: the checkpoint of step {step} could not be saved") from error
+        raise _told(error, f"{root}: the checkpoint of step {step} could not be saved", root) from error
     finally:
         writer.abandon()
 
@@ -225,10 +230,16 @@ class _LoadPlanner(DefaultLoadPlanner):
         return tensor
 
 
-def _told(failure: CheckpointException, what: str) -> PacktrainError:
-    """One sentence from the first rank's error; what no disk explains is raised as it is."""
+def _told(failure: CheckpointException, what: str, written: Path | None = None) -> PacktrainError:
+    """One sentence from the first rank's error, and one more where there was no room to write."""
     rank, (error, _) = min(failure.failures.items())
     if isinstance(error, UserError):
         return error
     who = f"rank {rank}: " if len(failure.failures) == 1 and rank else ""
-    return Fault(f"{what} ({who}{error})")
+    full = ""
+    if written is not None and isinstance(error, OSError) and error.errno in NO_ROOM:
+        full = (
+            f"; {free_bytes(written) / 1e9:.2f} GB are free there. The checkpoint before it is kept: make room (quotas "
+            "and `ulimit -f` count too), and the same command goes on from it"
+        )
+    return Fault(f"{what} ({who}{error}){full}")

@@ -7,6 +7,7 @@
     read_state      its state.json
     keep_newest, keep_only, set_aside, put_away     the others
     check_room      whether there is place for one more
+    asked_again     what is asked of a shared file system, with patience
 
 Written in this order: data files, each synced; `manifest.json` with the size and SHA-256 of each; the rename to
 `step-N`; and `DONE`, with the manifest's own SHA-256. So a kill at any moment leaves a hidden folder, or one without
@@ -22,6 +23,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -59,7 +61,7 @@ class FileFacts(NamedTuple):
 
 def facts_of(path: Path) -> FileFacts:
     """Size and SHA-256 of what the disk holds, as far as the system lets one ask past its memory."""
-    return _asked_again(lambda: _facts_of(path))
+    return asked_again(lambda: _facts_of(path))
 
 
 def _facts_of(path: Path) -> FileFacts:
@@ -261,14 +263,12 @@ def _remove(folder: Path) -> None:
 
 def _difference(folder: Path, name: str, expected: FileFacts, *, digest: bool) -> str | None:
     path = folder / name
-    if Path(name).name != name or path.is_symlink():
-        return f"{path}: the manifest names it, and it is no plain file of the folder"
     try:
-        size = _asked_again(path.stat).st_size
-        if not path.is_file():
-            return f"{path}: missing"
-        if size != expected.size:
-            return f"{path}: {size:,} bytes, and {expected.size:,} were written"
+        found = asked_again(path.lstat)
+        if Path(name).name != name or not stat.S_ISREG(found.st_mode):
+            return f"{path}: the manifest names it, and it is no plain file of the folder"
+        if found.st_size != expected.size:
+            return f"{path}: {found.st_size:,} bytes, and {expected.size:,} were written"
         if digest and facts_of(path).sha256 != expected.sha256:
             return f"{path}: its bytes are not those that were written (SHA-256)"
     except FileNotFoundError:
@@ -278,7 +278,7 @@ def _difference(folder: Path, name: str, expected: FileFacts, *, digest: bool) -
     return None
 
 
-def _asked_again(look: Callable[[], T]) -> T:
+def asked_again(look: Callable[[], T]) -> T:
     """A shared file system may know a file by what it was (ESTALE); asked again it looks anew."""
     for _ in range(20):
         try:
@@ -304,7 +304,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
-        return _asked_again(lambda: path.read_text(encoding="utf-8"))
+        return asked_again(lambda: path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
     except (OSError, ValueError) as error:

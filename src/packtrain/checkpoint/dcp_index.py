@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from packtrain.checkpoint.dcp_folder import INDEX, read_object
+from packtrain.checkpoint.dcp_folder import INDEX, asked_again, read_object
 from packtrain.checkpoint.folder import link_problem
 from packtrain.checkpoint.tensorfile import NAMES, STORED, BadFile, TensorFile
 from packtrain.errors import UserError
@@ -109,7 +109,7 @@ class Index:
 
     def _file(self, name: str) -> TensorFile:
         if name not in self._files:
-            self._files[name] = TensorFile(self._folder / name)
+            self._files[name] = asked_again(lambda: TensorFile(self._folder / name))
         return self._files[name]
 
     def _problems(self) -> Iterator[str]:

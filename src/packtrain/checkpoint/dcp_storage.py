@@ -7,14 +7,14 @@ Reader          the rows that a rank asks for, from whatever files have them
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -32,11 +32,19 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from packtrain.checkpoint.dcp_folder import INDEX, FileFacts, StepFolder, facts_of
+from packtrain.checkpoint.dcp_file import PendingTensor, write_file
+from packtrain.checkpoint.dcp_folder import (
+    INDEX,
+    FileFacts,
+    StepFolder,
+    check_room,
+    confirm,
+    set_aside,
+    wait_until_seen,
+)
 from packtrain.checkpoint.dcp_index import Index, write_index
 from packtrain.checkpoint.folder import INDEX as HF_INDEX
 from packtrain.checkpoint.publish import SHARD_BYTES
-from packtrain.checkpoint.tensorfile import TensorWriter
 from packtrain.errors import Fault
 
 OPTIMIZER = "optimizer."
@@ -45,7 +53,11 @@ OPTIMIZER = "optimizer."
 SPARE = 2**26
 """Bytes beyond the tensors that a save wants free: headers and small files."""
 
+PARTS, PART_BYTES = 8, 2**28
+"""Files that a rank writes at a time, and how large one is before there is another."""
+
 Finish = Callable[[StepFolder], None]
+Done = Callable[[Path], None]
 
 
 class Stored(NamedTuple):
@@ -59,11 +71,14 @@ class Stored(NamedTuple):
 class ShardWriter(StorageWriter):
     """Writes `rank-00000.safetensors` and so on, each from its rank; the leader makes the folder and commits it.
 
-    `finish` is called on the leader with the folder, all tensors in it, before the commit.
+    A rank with much to write has several files, `rank-00000-0.safetensors` and so on, at work on them side by side: one
+    thread's SHA-256 is slower than many a disk.
+    `finish` is called on the leader with the folder, all tensors in it, before the commit; `done` with the finished one
+    once it has been read back.
     """
 
-    def __init__(self, root: Path, step: int, rank: int, finish: Finish) -> None:
-        self._root, self._step, self._rank, self._finish = root, step, rank, finish
+    def __init__(self, root: Path, step: int, rank: int, finish: Finish, done: Done) -> None:
+        self._root, self._step, self._rank, self._finish, self._done = root, step, rank, finish, done
         self._folder: StepFolder | None = None
         self.path: Path | None = None
         """The finished folder, on the leader."""
@@ -81,19 +96,14 @@ class ShardWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the leader: room on the disk, the folder, and its name for every rank."""
         self._root.mkdir(parents=True, exist_ok=True)
-        need = sum(_bytes(item) for plan in plans for item in plan.items) + SPARE
-        free = shutil.disk_usage(self._root).free
-        if free < need:
-            raise Fault(
-                f"{self._root}: a checkpoint takes {need / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; make "
-                "room, or have it elsewhere"
-            )
+        check_room(self._root, sum(_bytes(item) for plan in plans for item in plan.items) + SPARE)
         self._folder = StepFolder(self._root, self._step)
         return [SavePlan(plan.items, storage_data=(str(self._folder.path), self._all(plans))) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """This rank's part."""
         folder, everything = plan.storage_data
+        wait_until_seen(Path(folder))
         done: Future[list[WriteResult]] = Future()
         done.set_result(list(self._write(Path(folder), plan.items, everything, planner)))
         return done
@@ -107,6 +117,10 @@ class ShardWriter(StorageWriter):
         folder.write_json(INDEX, write_index(metadata, {index: place[:2] for index, place in stored.items()}))
         self._finish(folder)
         self.path = folder.commit()
+        # Each rank has read back its own file, so that no byte is read twice: a checkpoint may be 100 GB.
+        if problems := confirm(self.path, {place.file for place in stored.values()}):
+            raise Fault(f"{problems[0]}; it is now in {set_aside(self.path)}")
+        self._done(self.path)
 
     def abandon(self) -> None:
         """Remove what a failed save left."""
@@ -127,14 +141,27 @@ class ShardWriter(StorageWriter):
     ) -> Iterator[WriteResult]:
         if not items:
             return
-        name = f"rank-{self._rank:05d}.safetensors"
+        parts = _balanced(items)
+        with ThreadPoolExecutor(len(parts), thread_name_prefix="checkpoint") as pool:
+            written = pool.map(partial(self._write_part, folder, planner), self._names(len(parts)), parts)
+            yield from chain.from_iterable(written)
+
+    def _names(self, parts: int) -> list[str]:
+        stem = f"rank-{self._rank:05d}"
+        return [f"{stem}.safetensors"] if parts == 1 else [f"{stem}-{part}.safetensors" for part in range(parts)]
+
+    def _write_part(
+        self, folder: Path, planner: SavePlanner, name: str, items: Sequence[WriteItem]
+    ) -> list[WriteResult]:
         boxes = {_key(item): item for item in items}
-        facts = _write_file(
+        facts = write_file(
             folder / name,
-            [_Tensor(key, tuple(_box(i).sizes), _dtype(i), partial(_get, planner, i)) for key, i in boxes.items()],
+            [
+                PendingTensor(key, tuple(_box(i).sizes), _dtype(i), partial(_get, planner, i))
+                for key, i in boxes.items()
+            ],
         )
-        for key, item in boxes.items():
-            yield WriteResult(item.index, _bytes(item), Stored(name, key, facts))
+        return [WriteResult(item.index, _bytes(item), Stored(name, key, facts)) for key, item in boxes.items()]
 
 
 class _Owned(NamedTuple):
@@ -157,12 +184,13 @@ class GatheredWriter(ShardWriter):
         step: int,
         rank: int,
         finish: Finish,
+        done: Done,
         *,
         group: ProcessGroup,
         weights: str,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        super().__init__(root, step, rank, finish)
+        super().__init__(root, step, rank, finish, done)
         self._group, self._weights, self._shard_bytes = group, weights, shard_bytes
         self._coming: deque[_Owned] = deque()
 
@@ -195,7 +223,7 @@ class GatheredWriter(ShardWriter):
         self._coming = deque(box for box in everything if box.rank != 0)
         try:
             for name, tensors in self._files(everything).items():
-                facts = _write_file(folder / name, [self._entry(boxes, planner) for boxes in tensors])
+                facts = write_file(folder / name, [self._entry(boxes, planner) for boxes in tensors])
                 for item in (boxes[0].item for boxes in tensors):
                     fqn, size = item.index.fqn, _data(item).size
                     nbytes = size.numel() * _dtype(item).itemsize
@@ -218,9 +246,11 @@ class GatheredWriter(ShardWriter):
                 files |= {f"{numbered}.safetensors": part} if part else {}
         return files
 
-    def _entry(self, boxes: list[_Owned], planner: SavePlanner) -> _Tensor:
+    def _entry(self, boxes: list[_Owned], planner: SavePlanner) -> PendingTensor:
         item = boxes[0].item
-        return _Tensor(item.index.fqn, tuple(_data(item).size), _dtype(item), partial(self._whole, boxes, planner))
+        return PendingTensor(
+            item.index.fqn, tuple(_data(item).size), _dtype(item), partial(self._whole, boxes, planner)
+        )
 
     def _whole(self, boxes: list[_Owned], planner: SavePlanner) -> Tensor:
         whole = torch.empty(_data(boxes[0].item).size, dtype=_dtype(boxes[0].item))
@@ -285,44 +315,16 @@ class Reader(StorageReader):
         return False
 
 
-class _Tensor(NamedTuple):
-    """One tensor of a file to be written; `get` makes it when it is due."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    get: Callable[[], Tensor]
-
-
-class _Hashing:
-    """A file that knows size and SHA-256 of what was written into it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self._size = file, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        self._digest.update(data)
-        self._size += len(data)
-        return self._file.write(data)
-
-    @property
-    def facts(self) -> FileFacts:
-        return FileFacts(self._size, self._digest.hexdigest())
-
-
-def _write_file(path: Path, tensors: Sequence[_Tensor]) -> FileFacts:
-    """A synced safetensors file, read back. Raises OSError, or Fault if the disk has other bytes than it was given."""
-    with path.open("xb") as file:
-        hashing = _Hashing(file)
-        shapes, dtypes = [(t.key, t.shape) for t in tensors], {t.key: t.dtype for t in tensors}
-        writer = TensorWriter(cast(BinaryIO, hashing), shapes, dtypes)
-        for tensor in tensors:
-            writer.add(tensor.key, tensor.get())
-        file.flush()
-        os.fsync(file.fileno())
-    if facts_of(path) != hashing.facts:
-        raise Fault(f"{path}: was read back with other bytes than were written; check the disk")
-    return hashing.facts
+def _balanced(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
+    """The items in parts of about PART_BYTES, no more than PARTS of them and nearly equal, each in the items' order."""
+    whole = sum(map(_bytes, items))
+    count = max(1, min(PARTS, len(items), -(-whole // PART_BYTES)))
+    parts: list[list[WriteItem]] = [[] for _ in range(count)]
+    before = 0
+    for item in items:
+        parts[min(count - 1, before * count // max(1, whole))].append(item)
+        before += _bytes(item)
+    return [part for part in parts if part]
 
 
 def _cut(tensors: Sequence[list[_Owned]], limit: int) -> Iterator[list[list[_Owned]]]:

@@ -2,6 +2,7 @@
 
     HfFolder(path)            reads the index and every shard's header; nothing else
     .problems(expected)       a sentence for everything that is wrong or does not fit the model
+    .damaged()                a sentence for every file that has other bytes than the hub's
     .fingerprint              tells two models apart without reading them whole
     .rows(name, start, stop)  rows of a tensor as they are stored
     link_problem              whether a file is reached through a link that leads out of its folder
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,6 +34,8 @@ SHOWN = 10
 
 _SAMPLES, _SAMPLE = 1000, 4096
 """How many pieces of a file, of how many bytes, its fingerprint reads."""
+
+_BLOB = re.compile(r"blobs/[0-9a-f]{64}")
 
 Shape = tuple[int, ...]
 
@@ -84,6 +89,22 @@ class HfFolder:
                 f"expected {', '.join(DTYPES)}: quantized weights are not read, take the model's original ones"
             )
         return problems
+
+    def damaged(self) -> list[str]:
+        """Files of the hub's cache, which names them by their SHA-256, whose bytes have another one. Reads all of them.
+
+        Files from elsewhere carry no sum.
+        """
+        blobs = {shard: (self.path / shard).resolve() for shard in self._handles}
+        known = {shard: blob for shard, blob in blobs.items() if _BLOB.fullmatch("/".join(blob.parts[-2:]))}
+        with ThreadPoolExecutor(max_workers=min(16, len(known) or 1), thread_name_prefix="weights") as pool:
+            sums = dict(zip(known, pool.map(_sha256, known.values()), strict=True))
+        return [
+            f"{self.path / shard}: its bytes are not those that the hub has (SHA-256 {sums[shard][:8]}..., expected "
+            f"{blob.name[:8]}...): a damaged disk or download; delete {blob} and download it again"
+            for shard, blob in known.items()
+            if sums[shard] != blob.name
+        ]
 
     @property
     def fingerprint(self) -> str:
@@ -184,6 +205,11 @@ def link_problem(path: Path, folder: Path) -> str | None:
     if target.is_relative_to(inside):
         return None
     return f"is a link to {target}, outside of {inside}; copy the file there, or name the folder that holds it"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plain_path(name: str) -> bool:

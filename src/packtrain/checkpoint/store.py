@@ -2,6 +2,8 @@
 
     folder_problems whether results can go there at all, before there are any
     claim           may this run use the folder? new, to go on with, finished already, or not without a flag
+    settle          what result.json says of a run that was killed
+    begun           whether the folder's run is an earlier try of this one
     ResultFile      run/result.json, from the first second to the last; its thread says every 20 s that the run lives
     write_json      how small files are replaced: temporary file, fsync, rename
 
@@ -17,7 +19,8 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from typing import Any
 from packtrain import log
 from packtrain.checkpoint.dcp_folder import put_away, read_state, set_aside, steps, sweep, verify
 from packtrain.checkpoint.files import write_text
-from packtrain.errors import UserError
+from packtrain.errors import UserError, raise_if
 
 HEARTBEAT_SECONDS = 20.0
 DEAD_AFTER_SECONDS = 120.0
@@ -101,15 +104,18 @@ def claim(
     overwrite: bool,
     checkpoints: Path | None = None,
     step_items: int = 0,
+    allow_change: Collection[str] = (),
 ) -> Claim:
     """Decide on the folder; called by one rank. Moves an older `run/` to `run.old-N` where the new run starts afresh.
 
     `fingerprint` maps the names of settings, data and weights to values that are equal if and only if those are.
-    `checkpoints` is where steps are, of `step_items` rows (packs) each if nothing is to be gone on with.
+    `checkpoints` is where steps are, of `step_items` rows (packs) each if nothing is to be gone on with. What is named
+    in `allow_change` may differ.
     Raises UserError if another run owns the folder, or a finished or resumable one with other settings does.
     """
     run = root / RUN
     result = read_json(run / RESULT)
+    allowed = _allowed(allow_change, fingerprint, (result or {}).get("fingerprint", {}))
     if result is not None and result.get("status") == "running":
         if owner := _living_owner(root, result):
             raise UserError(owner)
@@ -119,10 +125,11 @@ def claim(
         differs = differences(result.get("fingerprint", {}), fingerprint)
         if not differs:
             return Claim.FINISHED
-        raise UserError(
-            f"--output_dir {root}: holds a finished run with other settings ({_listed(differs)}); "
-            "choose another folder, or pass --overwrite_output_dir to train there again"
-        )
+        if not allowed.issuperset(_differing(result.get("fingerprint", {}), fingerprint)):
+            raise UserError(
+                f"--output_dir {root}: holds a finished run with other settings ({_listed(differs)}); "
+                "choose another folder, or pass --overwrite_output_dir to train there again"
+            )
     if checkpoints is not None and not overwrite and (found := _resumable(checkpoints)) is not None:
         folder, state = found
         if not checkpoints.resolve().is_relative_to(root.resolve()) and state["root"] != str(root.resolve()):
@@ -130,11 +137,7 @@ def claim(
                 f"{checkpoints}: holds checkpoints of the run in {state['root']}, and --output_dir is {root}; give "
                 "another --dist_checkpoint_folder, or pass --overwrite_output_dir to put them away"
             )
-        if differs := _unlike(state, fingerprint, step_items):
-            raise UserError(
-                f"--output_dir {root}: holds an unfinished run with other settings ({_listed(differs)}), which can go "
-                f"on from {folder}; use its settings or another folder, or pass --overwrite_output_dir to begin again"
-            )
+        _refuse_changes(root, folder, state, fingerprint, step_items, allowed)
         return Claim.RESUME
     _set_aside(run)
     if checkpoints is not None and (old := put_away(checkpoints)) is not None:
@@ -152,15 +155,54 @@ def _resumable(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _unlike(state: Mapping[str, Any], fingerprint: Mapping[str, Any], step_items: int) -> list[str]:
-    """What makes a checkpoint another run's."""
+def _refuse_changes(
+    root: Path,
+    folder: Path,
+    state: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
+    step_items: int,
+    allowed: Collection[str],
+) -> None:
+    """Raise UserError if what differs from a checkpoint is more than was allowed."""
     old = state["fingerprint"]
-    differs = differences(*({k: v for k, v in side.items() if k not in SPLIT} for side in (old, fingerprint)))
+    names = [name for name in _differing(old, fingerprint) if name not in SPLIT and name not in allowed]
+    differs = differences(*({name: side.get(name) for name in names} for side in (old, fingerprint)))
+    insist = f"pass --allow_change {','.join(map(_plain, names))} to go on all the same, "
     if step_items != state["step_items"] and (
-        split := differences(*({k: s.get(k) for k in SPLIT} for s in (old, fingerprint)))
+        split := differences(*({name: side.get(name) for name in SPLIT} for side in (old, fingerprint)))
     ):
-        differs.append(f"rows of a step: {state['step_items']} then, {step_items} now ({', '.join(split)})")
-    return differs
+        differs.append(
+            f"rows of a step: {state['step_items']} then, {step_items} now ({', '.join(split)}), which are a run's "
+            "place in its data and never change"
+        )
+        insist = ""
+    if differs:
+        raise UserError(
+            f"--output_dir {root}: holds an unfinished run with other settings ({_listed(differs)}), which can go on "
+            f"from {folder}; use its settings or another folder, {insist}or pass --overwrite_output_dir to begin again"
+        )
+
+
+def _allowed(names: Iterable[str], *fingerprints: Mapping[str, Any]) -> set[str]:
+    """The fingerprint's names of what --allow_change names: `lr`, `--lr` and `train_config.lr` are the same."""
+    known = {_plain(name): name for fingerprint in fingerprints for name in fingerprint}
+    last = {name.rpartition(".")[2]: name for name in known}
+    found, problems = set(), []
+    for name in names:
+        plain = _plain(name)
+        match = plain if plain in known else last.get(plain.rpartition(".")[2])
+        if match is None:
+            like = get_close_matches(plain, known, n=1)
+            meant = f"; did you mean {like[0]}?" if like else f"; there are {', '.join(known)}"
+            problems.append(f"--allow_change {name}: is nothing that makes a run this run{meant}")
+        else:
+            found.add(known[match])
+    raise_if(problems)
+    return found
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("-", "_").replace(" ", "_")
 
 
 def record_failure(root: Path, reason: str) -> None:
@@ -171,14 +213,31 @@ def record_failure(root: Path, reason: str) -> None:
         write_json(run / RESULT, {"status": "failed", "step": 0, "reason": reason, **_signature()})
 
 
+def settle(root: Path, reason: str) -> None:
+    """Say in result.json that a run has failed, if it still says that it runs and its process is gone."""
+    if (result := read_json(root / RUN / RESULT)) is None or _living_owner(root, result) is not None:
+        return
+    if result.get("status") == "running":
+        write_json(root / RUN / RESULT, result | {"status": "failed", "reason": reason, "updated_at": time.time()})
+
+
+def begun(root: Path, launch: str | None) -> bool:
+    """Whether an earlier try of this launch, started again after a failure, has begun the run in the folder."""
+    result = read_json(root / RUN / RESULT)
+    return launch is not None and result is not None and result.get("launch") == launch
+
+
 def _signature() -> dict[str, Any]:
     return {"updated_at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Names whose values differ, each with both values."""
-    names = [*old, *(name for name in new if name not in old)]
-    return [f"{name}: {old.get(name)} then, {new.get(name)} now" for name in names if old.get(name) != new.get(name)]
+    return [f"{name}: {old.get(name)} then, {new.get(name)} now" for name in _differing(old, new)]
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [name for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
 def _listed(differs: list[str]) -> str:
@@ -201,7 +260,11 @@ def _living_owner(root: Path, result: Mapping[str, Any]) -> str | None:
 
 
 def _process_exists(pid: int) -> bool:
-    return pid > 0 and Path(f"/proc/{pid}").exists()
+    """Not one that has ended and whose parent has not asked how: the kernel keeps its number."""
+    try:
+        return pid > 0 and Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _never_began(run: Path) -> bool:

@@ -38,6 +38,9 @@ CASES: dict[str, dict[str, Any]] = {
     "one norm saved": {"modules_to_save": ("model.norm",)},
     "fused part saved": {"target_modules": ("v_proj",), "modules_to_save": ("q_proj", "up_proj")},
     "block saved": {"target_modules": ("q_proj",), "modules_to_save": ("layers.0.mlp", "1.self_attn.o_proj")},
+    "all biases": {"target_modules": ("q_proj", "v_proj", "up_proj"), "bias": "all"},
+    "biases of adapted layers": {"target_modules": ("q_proj", "v_proj", "up_proj"), "bias": "lora_only"},
+    "biases and a saved part": {"modules_to_save": ("k_proj",), "bias": "lora_only"},
     "all-linear and saved": {"target_modules": "all-linear", "modules_to_save": ("down_proj",)},
 }
 BASE = {"attention_bias": True}
@@ -54,6 +57,7 @@ def peft_model(base: Path, settings: LoraSettings) -> PeftModel:
         use_rslora=settings.use_rslora,
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(saved) or None,
+        bias=settings.bias,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(TheirLlama.from_pretrained(base), config).eval()

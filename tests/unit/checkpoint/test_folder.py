@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,32 @@ def test_the_hub_cache(tmp_path: Path) -> None:
     (snapshot / SINGLE).unlink()
     (snapshot / SINGLE).symlink_to("../../../models--c--d/blobs/ffff")
     assert "is a link to" in one_problem(HfFolder(snapshot))
+
+
+def cached(root: Path) -> Path:
+    """A snapshot in a hub's cache; its blob is the file."""
+    snapshot, blobs = root / "models--a--b/snapshots/0123", root / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    save_file(TENSORS, root / "file")
+    blob = (root / "file").rename(blobs / hashlib.sha256((root / "file").read_bytes()).hexdigest())
+    (snapshot / SINGLE).symlink_to(f"../../blobs/{blob.name}")
+    return snapshot
+
+
+def test_flipped_bits_of_the_hubs_files_are_found(tmp_path: Path) -> None:
+    """Twenty of twenty; those in the header are found without it."""
+    snapshot = cached(tmp_path)
+    assert HfFolder(snapshot).damaged() == []
+    blob, choose = (snapshot / SINGLE).resolve(), random.Random(0)
+    right = blob.read_bytes()
+    for _ in range(20):
+        wrong = bytearray(right)
+        wrong[choose.randrange(len(right))] ^= 1 << choose.randrange(8)
+        blob.write_bytes(wrong)
+        folder = HfFolder(snapshot)
+        (said,) = [*folder.problems(EXPECTED), *folder.damaged()][:1]
+        assert str(snapshot) in said
 
 
 @pytest.mark.parametrize(

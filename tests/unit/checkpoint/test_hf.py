@@ -255,6 +255,10 @@ def test_side_files(tmp_path: Path) -> None:
     copy_side_files(source, out)
     assert sorted(path.name for path in out.iterdir()) == ["generation_config.json", "tokenizer.json"]
     assert not (out / "tokenizer.json").is_symlink()
+    other = tmp_path / "with a tokenizer of its own"
+    other.mkdir()
+    copy_side_files(source, other, tokenizer=False)
+    assert [path.name for path in other.iterdir()] == ["generation_config.json"]
     copy_side_files(out, out)
     assert (out / "generation_config.json").read_text() == '{"eos_token_id": 2}'
 
