@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
     console.print(f"correcting {len(pairs)} validation sentences before the training ...")
     before = _correct(str(model), None, pairs, device)
     nproc = default_nproc() if torch.cuda.is_available() else 2
-    code = start_workers(["train", *_flags(model, train, validation), *argv], nproc)
+    code, _ = start_workers(["train", *_flags(model, train, validation), *argv], nproc)
     if code != 0:
         return code
     console.print(f"correcting {len(pairs)} validation sentences after it ...")

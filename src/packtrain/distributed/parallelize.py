@@ -5,6 +5,7 @@
     materialise         memory for every tensor on meta
     set_gradient_sync, reduce_gradients     when gradients are summed over ranks (both do nothing where the other acts)
     local_rows, gather  a parameter's rows on this rank, and the whole of it, sharded or not
+    largest             of a value that each rank has of its rows of a parameter
     copies, reshard     ranks that hold the same gradient; back to shards after a forward without backward
 
 Gradients are sums over ranks, never means: the step has divided each loss by all ranks' tokens already. Ranks of a
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -116,9 +118,15 @@ def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
-def materialise(model: nn.Module, device: torch.device) -> None:
-    """Give every tensor on meta memory on `device`, without values, and move the others there."""
+def materialise(model: nn.Module, device: torch.device, buffers: torch.device | None = None) -> None:
+    """Give every tensor on meta memory on `device`, without values, and move the others there.
+
+    Buffers are not sharded and do not come and go: if parameters are not where the model computes, they have `buffers`.
+    """
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(buffers or device))
 
 
 def set_gradient_sync(model: nn.Module, last: bool, every: bool | None = None) -> None:
@@ -185,6 +193,20 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
             first += min(mesh.get_local_rank(axis) * chunk, length)
             length = chunk
     return parameter.to_local(), min(first, rows)
+
+
+@torch.no_grad()
+def largest(parameter: Tensor, value: Tensor) -> Tensor:
+    """The largest of a 0-dim `value` that every rank has of its rows of a parameter; collective if it is sharded."""
+    if not isinstance(parameter, DTensor):
+        return value
+    mesh, found = parameter.device_mesh, value.clone()
+    if mesh.device_type == "cuda":
+        found = found.cuda()
+    for axis, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group(axis))
+    return found.to(value.device)
 
 
 @torch.no_grad()

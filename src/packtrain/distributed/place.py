@@ -10,16 +10,15 @@ Three launchers are understood: `start_workers` (launch.py), torchrun's env://, 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,12 +27,13 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: i
 from torch.distributed.distributed_c10d import _abort_process_group
 from torch.distributed.rendezvous import rendezvous
 
+from packtrain import log
+from packtrain.distributed import parent
+from packtrain.distributed.heartbeat import Hang, Heart, Watch
 from packtrain.errors import EXIT_FAULT, Fault, PacktrainError, Stopped, UserError
 
 STORE = "PACKTRAIN_STORE"
-ATTEMPT = "PACKTRAIN_ATTEMPT"
-PARENT = "PACKTRAIN_PARENT"
-"""What `start_workers` tells its workers: host:port of its store, the number of this try, its own process id."""
+"""Where `start_workers` has its store: host:port."""
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -43,16 +43,21 @@ CAUSE = "first_cause"
 ECHO_SECONDS = 2.0
 """How long a rank whose peer went away waits for that peer, or the launcher, to say why."""
 
+HANG_SECONDS = 600.0
+"""How long a rank may stand still."""
+
 _ECHOES = ("gloo", "nccl", "connection closed", "connection reset", "connection refused", "broken pipe")
-_PR_SET_PDEATHSIG = 1
+_NO_MEMORY = ("can't allocate memory", "out of memory")
 
 
 class Cause(NamedTuple):
-    """The first error of a run: whose, in words, and the exit code it means."""
+    """The first error of a run: whose, in words, the exit code it means, the step it came in."""
 
     rank: int
     text: str
     exit_code: int
+    step: int = 0
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +71,7 @@ class Place:
     machine: int
     device: torch.device
     store: Store
+    heart: Heart = field(default_factory=Heart)
 
     @property
     def leads_machine(self) -> bool:
@@ -137,7 +143,10 @@ class Place:
         """Say that this rank fails of `error`; True if that is the run's first cause, so this rank's to print."""
         if self.first_cause(error) is None:
             code = error.exit_code if isinstance(error, PacktrainError) else EXIT_FAULT
-            report_first(self.store, self.rank, describe(error), code)
+            text, lacked = describe(error), is_out_of_memory(error)
+            first = report_first(self.store, self.rank, text, code, step=self.heart.step, out_of_memory=lacked)
+            if first and parent.AGENT in os.environ:
+                _tell_agent(f"rank {self.rank}: {text}")
         cause = first_report(self.store)
         return cause is None or cause.rank == self.rank
 
@@ -151,6 +160,8 @@ class Place:
 
 def describe(error: BaseException) -> str:
     """An error in a line or a few: our own are sentences already."""
+    if is_echo(error):
+        return f"another rank is gone, and without a word ({str(error).splitlines()[0]})"
     return str(error) if isinstance(error, PacktrainError) else f"{type(error).__name__}: {error}"
 
 
@@ -161,9 +172,19 @@ def is_echo(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _ECHOES)
 
 
-def report_first(store: Store, rank: int, text: str, exit_code: int = EXIT_FAULT) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, the device's or the machine's."""
+    if error.__cause__ is not None and is_out_of_memory(error.__cause__):  # said in other words
+        return True
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in text for w in _NO_MEMORY))
+
+
+def report_first(
+    store: Store, rank: int, text: str, exit_code: int = EXIT_FAULT, *, step: int = 0, out_of_memory: bool = False
+) -> bool:
     """Record a run's first error; True if nobody had, False if another rank's stands (it is kept)."""
-    mine = json.dumps([rank, text, exit_code])
+    mine = json.dumps(Cause(rank, text, exit_code, step, out_of_memory))
     try:
         return bool(store.compare_set(CAUSE, "", mine) == mine.encode())
     except (dist.DistError, RuntimeError):  # the store's host is gone: nobody can know better
@@ -183,25 +204,15 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in TORCHRUN)
 
 
-def follow_parent() -> None:
-    """End with the launcher: a worker whose `start_workers` was killed gets SIGKILL from the kernel (Linux)."""
-    parent = os.environ.get(PARENT)
-    if parent is None:
-        return
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(parent):  # it died before the kernel was asked
-        os._exit(EXIT_FAULT)
-
-
 @contextmanager
-def open_place(device: str = "auto") -> Iterator[Place]:
+def open_place(device: str = "auto", hang_timeout: float | None = None) -> Iterator[Place]:
     """This process's place, its store connected and no group formed yet. `device` is auto, cpu or cuda.
 
     Raises UserError if the device is not there. At the end the process group is closed, or aborted after an error:
-    an orderly close can wait for ever on a rank that is gone.
+    an orderly close can wait for ever on a rank that is gone. With `hang_timeout` (0: for ever) ranks 0 and 1 look for
+    hangs, where no `start_workers` does.
     """
-    follow_parent()
+    parent.follow()
     told = os.environ if launched() else {}  # else RANK and its like may be anyone's
     rank, world_size = int(told.get("RANK", "0")), int(told.get("WORLD_SIZE", "1"))
     local_rank, local_world_size = int(told.get("LOCAL_RANK", "0")), int(told.get("LOCAL_WORLD_SIZE", "1"))
@@ -212,8 +223,12 @@ def open_place(device: str = "auto") -> Iterator[Place]:
         local_world_size=local_world_size,
         machine=int(told.get("GROUP_RANK", rank // local_world_size)),
         device=_device(device, local_rank),
-        store=_connect(rank, world_size),
+        store=_connect(rank, world_size) or HashStore(),
+        heart=Heart(rank),
     )
+    if hang_timeout is not None or STORE in os.environ:
+        beats = _connect(rank, world_size, again=True) or place.store
+        place.heart.begin(beats, _watchman(place, beats, hang_timeout or 0.0))
     try:
         yield place
     except Stopped:
@@ -223,6 +238,7 @@ def open_place(device: str = "auto") -> Iterator[Place]:
             _abort_process_group()
         raise
     finally:
+        place.heart.end()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -245,17 +261,60 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _connect(rank: int, world_size: int) -> Store:
-    """The store, under a prefix of this try alone: a restarted rank must not read what its dead peer left."""
+def _connect(rank: int, world_size: int, *, again: bool = False) -> Store | None:
+    """The store, under a prefix of this try alone: a restarted rank must not read what its dead peer left.
+
+    `again`: a second connection, for a thread that must not wait for what another one asked; None without a launcher.
+    """
+    prefix = attempt_prefix(parent.attempt())
     if STORE in os.environ:
         host, port = os.environ[STORE].rsplit(":", 1)
-        return PrefixStore(attempt_prefix(os.environ[ATTEMPT]), TCPStore(host, int(port), is_master=False))
-    if under_torchrun():
-        store, _, _ = next(rendezvous("env://", rank, world_size))
-        return PrefixStore(attempt_prefix(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), store)
-    return HashStore()
+        return PrefixStore(prefix, TCPStore(host, int(port), is_master=False))
+    if not under_torchrun():
+        return None
+    if again:
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        return PrefixStore(prefix, TCPStore(host, int(port), is_master=False, wait_for_workers=False))
+    store, _, _ = next(rendezvous("env://", rank, world_size))
+    return PrefixStore(prefix, store)
 
 
-def attempt_prefix(attempt: str) -> str:
+def attempt_prefix(attempt: int) -> str:
     """Where in the store one try of a run keeps its keys."""
     return f"packtrain/attempt_{attempt}"
+
+
+def _watchman(place: Place, store: Store, patience: float) -> Callable[[], None] | None:
+    """What looks for hangs in this process: nothing under `start_workers`; else rank 0 after all, rank 1 after rank 0.
+
+    A hang is told and ends this process, and whoever hangs on this machine; torchrun's agents end the others.
+    """
+    if STORE in os.environ or place.rank > 1:
+        return None
+    watch = Watch(store, range(place.world_size) if place.rank == 0 else [0], patience)
+
+    def look() -> None:
+        hang = watch.look()
+        if hang is not None and report_first(store, hang.ranks[0], hang.text, step=hang.step):
+            log.quiet(False)
+            log.say(f"packtrain: {hang.text}")
+            _end_hung(hang)
+
+    return look
+
+
+def _end_hung(hang: Hang) -> None:
+    if parent.AGENT in os.environ:
+        _tell_agent(hang.text)
+    for pid in hang.pids:
+        if pid != os.getpid():
+            os.kill(pid, signal.SIGKILL)
+    os._exit(EXIT_FAULT)
+
+
+def _tell_agent(text: str) -> None:
+    """Leave the first cause where torchrun's agent looks for it, so that its table of failures holds it too."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        facts = {"timestamp": str(int(time.time())), "py_callstack": text}
+        Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": facts}}), encoding="utf-8")
