@@ -36,6 +36,12 @@ class Audit:
     skipped: tuple[dict[str, str | int | None], ...]
     """file, row, line (None where there is none), reason of every row left out."""
 
+    eos: str | None = None
+    """The end of sequence; None where there is no tokenizer that has one."""
+
+    eos_masked: int = 0
+    """Rows whose last token is the end of sequence, and not trained."""
+
     def lines(self) -> list[str]:
         """The counts in sentences; only what there is to say."""
         said = [
@@ -43,6 +49,11 @@ class Audit:
             f"({self.labelled / self.tokens:.1%}), longest row {self.longest:,} tokens ({self.longest_row})",
             f"{self.eos_labels:,} of {self.rows:,} rows teach the end of sequence",
         ]
+        if self.eos_labels == 0 and self.eos is not None:
+            said.append(
+                f"warning: no row teaches the end of sequence ({self.eos}), so the model will not learn to stop; "
+                "end each row's labels with it"
+            )
         if self.truncated:
             said.append(f"{self.truncated:,} rows were longer than context_length and lost the end of their answer")
         if self.skipped:

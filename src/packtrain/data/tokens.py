@@ -157,7 +157,14 @@ def tokenize(
     bad.sort(key=lambda b: b.row)
     _refuse(table.file, bad, foreign, len(good), skip=on_bad_rows == "skip")
     tokens = _joined(table.file, good)
-    return tokens, _audit(tokens, truncated, bad, None if tokenizer is None else tokenizer.eos_token_id)
+    audit = _audit(tokens, truncated, bad, tokenizer)
+    if audit.eos_masked and not audit.eos_labels:
+        raise UserError(
+            f"{table.file}: {audit.eos_masked} of {audit.rows} rows end with the end of sequence ({audit.eos}) and "
+            f"none trains it: its label is {IGNORE}, so the model would never learn to stop (a padding token "
+            "that is the end of sequence too does that). Label it, or leave it out of the rows"
+        )
+    return tokens, audit
 
 
 def check_rows(name: str, config: Any, split: Split, *, on_bad_rows: Literal["error", "skip"] = "error") -> None:
@@ -218,7 +225,9 @@ def _joined(file: str, rows: list[_Kept]) -> Tokens:
     )
 
 
-def _audit(tokens: Tokens, truncated: int, skipped: list[BadRow], eos: int | None) -> Audit:
+def _audit(tokens: Tokens, truncated: int, skipped: list[BadRow], tokenizer: Any | None) -> Audit:
+    eos = None if tokenizer is None else tokenizer.eos_token_id
+    ends = tokens.ids[tokens.offsets[1:] - 1]
     longest = int(tokens.lengths.argmax())
     last = tokens.labels[tokens.offsets[1:] - 1]
     return Audit(
@@ -227,7 +236,9 @@ def _audit(tokens: Tokens, truncated: int, skipped: list[BadRow], eos: int | Non
         tokens=len(tokens.ids),
         labelled=tokens.labelled,
         truncated=truncated,
+        eos=None if tokenizer is None else tokenizer.eos_token,
         eos_labels=0 if eos is None else int((last == eos).sum()),
+        eos_masked=0 if eos is None else int(((ends == eos) & (last == IGNORE)).sum()),
         longest=int(tokens.lengths[longest]),
         longest_row=tokens.where(longest),
         skipped=tuple(asdict(bad) for bad in skipped),

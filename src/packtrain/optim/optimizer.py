@@ -116,6 +116,7 @@ class Optimizer:
         self._verdict = torch.zeros((), device=values[0].device)
         self._loss_scale = LossScale(values[0].device) if fp16 else None
         self._scaled = fp16
+        self._reader: torch.cuda.Event | None = None
 
     def scale(self, loss: Tensor) -> Tensor:
         """What to call backward on: the loss, times fp16's scale."""
@@ -133,15 +134,26 @@ class Optimizer:
         return found
 
     @torch.no_grad()
-    def step(self, found_inf: Tensor) -> None:
+    def step(
+        self, found_inf: Tensor, *, latches: bool = True, refused: Tensor | None = None, stands: Tensor | None = None
+    ) -> None:
         """One update, or none if `found_inf` (0-dim fp32, 0 or 1) is 1 or was since `clear`; nothing is waited for.
 
         With fp16 an overflow refuses its own step and halves the scale; only at the lowest scale does it stand.
+        Without `latches` it never does. `refused` leaves out this update for another reason, `stands` later ones too.
         """
+        if self._reader is not None:
+            self._reader.wait()
+            self._reader = None
         found = found_inf.to(self._verdict.device)
-        stands = found if self._loss_scale is None else self._loss_scale.hopeless(found)
-        self._verdict.copy_(torch.maximum(self._verdict, stands))
-        self._rule.step(self.gradients(), torch.maximum(self._verdict, found))
+        lasting = found if self._loss_scale is None else self._loss_scale.hopeless(found)
+        for verdict in (lasting if latches else None, stands):
+            if verdict is not None:
+                self._verdict.copy_(torch.maximum(self._verdict, verdict.to(self._verdict.device)))
+        left_out = torch.maximum(self._verdict, found)
+        if refused is not None:
+            left_out = torch.maximum(left_out, refused.to(left_out.device))
+        self._rule.step(self.gradients(), left_out)
         kept = [weight for weight in self._weights.values() if weight.has_master]
         if kept:
             torch._foreach_copy_([weight.local for weight in kept], [weight.value for weight in kept])
@@ -153,6 +165,10 @@ class Optimizer:
         for weight in self._weights.values():
             weight.forget()
         self._scaled = self._loss_scale is not None
+
+    def hold(self, reader: torch.cuda.Event | None) -> None:
+        """Queue the next update behind `reader`: until then something copies weights and states as they are now."""
+        self._reader = reader
 
     def clear(self) -> None:
         """Forget that a step was refused; the next one counts again."""

@@ -29,6 +29,7 @@ from packtrain import log
 from packtrain.batch import Batch
 from packtrain.distributed.collectives import sum_
 from packtrain.distributed.place import Place
+from packtrain.kernels.operations import is_again
 from packtrain.model.linear import Linear
 from packtrain.model.llama import LlamaForCausalLM, blocks
 from packtrain.peft.llama_adapter import AdaptionPrompt
@@ -162,7 +163,7 @@ class Count:
     """FLOPs of what runs inside `with Count() as count`, by torch's FlopCounterMode: matrix products and attention.
 
     Causal attention counts for the pairs it has, which torch's own formulas count twice, and the products done in
-    place and the CPU's attention count, which those leave out. A Triton kernel is not seen.
+    place and the CPU's attention count, which those leave out. Our own kernels count where they multiply.
     """
 
     def __init__(self) -> None:
@@ -184,8 +185,8 @@ class Count:
     def _noting(self, formula: Callable[..., int]) -> Callable[..., int]:
         def count(*args: Any, **kwargs: Any) -> int:
             flops = formula(*args, **kwargs)
-            # A backward runs without gradients; a forward within it has them.
-            if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
+            # A backward runs without gradients; a forward within it has them, or the fused layers say so.
+            if torch._C._current_graph_task_id() != -1 and (torch.is_grad_enabled() or is_again()):
                 self.recomputed += flops
             return flops
 

@@ -52,6 +52,9 @@ class Listener(Protocol):
     def epoch(self, step: int, train_loss: float, eval_loss: float | None) -> None:
         """An epoch has ended with `step`, and its validation is done; None if there was none."""
 
+    def rewind(self, step: int) -> None:
+        """The run goes back to a step; others will come in the place of those behind it."""
+
     def close(self, results: Mapping[str, Any] | None) -> None:
         """The run has ended with these results, or, with None, without any."""
 
@@ -60,6 +63,7 @@ class MetricsFile:
     """Appends to `run/metrics.jsonl`; every line is whole on disk before the next step's. Passes it on."""
 
     def __init__(self, path: Path | None, listeners: Sequence[Listener] = ()) -> None:
+        self._path = path
         self._file = path.open("a", encoding="utf-8") if path else None
         self._listeners = listeners
 
@@ -84,6 +88,15 @@ class MetricsFile:
         """An epoch's end, which has no line of its own."""
         for listener in self._listeners:
             listener.epoch(step, train_loss, eval_loss)
+
+    def rewind(self, step: int) -> None:
+        """The run goes back to a step: the lines behind it go, since others will come in their place."""
+        if self._file is not None and self._path is not None:
+            self._file.close()
+            cut(self._path, step, evaluated=True)
+            self._file = self._path.open("a", encoding="utf-8")
+            for listener in self._listeners:
+                listener.rewind(step)
 
     def close(self, results: Mapping[str, Any] | None = None) -> None:
         """Put the last lines on disk."""

@@ -14,7 +14,7 @@ from packtrain.configs.run import RunConfig
 
 
 class Record:
-    """Of the rank that `leads`; the others only remember."""
+    """Of the rank that `leads`; the others only remember. Further `facts` stand in result.json from the start."""
 
     def __init__(
         self,
@@ -24,17 +24,18 @@ class Record:
         leads: bool,
         fingerprint: Mapping[str, Any],
         skipped: Sequence[Mapping[str, Any]],
+        **facts: Any,
     ) -> None:
         self.root, self.run = root, root / "run"
         self._began = time.monotonic()
         self._file: ResultFile | None = None
-        self._facts: dict[str, Any] = {}
+        self._facts: dict[str, Any] = dict(facts)
         if leads:
             self.run.mkdir(parents=True, exist_ok=True)
             cfg.write(self.run / "config.yaml")
             if skipped:
                 write_text(self.run / "skipped.jsonl", "".join(f"{json.dumps(row)}\n" for row in skipped))
-            self._file = ResultFile(self.run / "result.json", fingerprint=fingerprint)
+            self._file = ResultFile(self.run / "result.json", fingerprint=fingerprint, **facts)
 
     def note(self, **facts: Any) -> None:
         """Remember facts for the next time the file is written."""

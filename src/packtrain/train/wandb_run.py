@@ -49,6 +49,9 @@ class WandbRun:
     def epoch(self, step: int, train_loss: float, eval_loss: float | None) -> None:
         """Nothing: curves are by step."""
 
+    def rewind(self, step: int) -> None:
+        """Nothing: a logged step stays logged there."""
+
     def close(self, results: Mapping[str, Any] | None) -> None:
         """The results as the run's summary; a run without any has failed or was stopped."""
         if results is not None:

@@ -18,7 +18,10 @@ from packtrain.batch import Batch
 from packtrain.data.collate import make_batch
 from packtrain.data.render import Encoder, grammar_prompt
 from packtrain.data.tokens import Tokens
+from packtrain.distributed.parallelize import materialise
 from packtrain.kernels.attention import Kernel
+from packtrain.kernels.rows import Form
+from packtrain.model import fast
 from packtrain.model.llama import LlamaConfig, LlamaForCausalLM, blocks, draw
 from packtrain.peft import llama_adapter, lora, prefix
 from packtrain.peft.lora import LoraSettings
@@ -26,6 +29,7 @@ from packtrain.peft.trainable import freeze
 from packtrain.train.flops import PEAKS, Cost, Count, Work, peak
 
 CPU, META = torch.device("cpu"), torch.device("meta")
+FP32, FLOAT8 = Form(torch.float32, float8=False), Form(torch.float32, float8=True)
 TINY: dict[str, Any] = tiny.SIZES | {"model_type": "llama"}
 MIDDLE: dict[str, Any] = TINY | {
     "vocab_size": 2000,
@@ -103,6 +107,47 @@ def test_torchs_count_is_the_formulas(shape: dict[str, Any], method: str, kind: 
         assert 0.7 < count.recomputed / (share * layers_forward(model, asked)) < 1
     else:
         assert count.recomputed == 0
+
+
+def beside(model: LlamaForCausalLM, form: Form, tokens: int) -> float:
+    """What the fused form multiplies beyond the formula: zeros beside adapters, which have a dropout here, and in
+    float8 their halves.
+    """
+    flops, below = 0, False
+    for plan in (plan for layer in blocks(model) for plan in layer.fast.plans):
+        n, k, c, adapters = plan.n, plan.k, plan.columns, plan.rank * len(plan.spans) * plan.k
+        if form.float8:
+            wide_k, wide_n = form.width(k, c), form.width(n, c)
+            flops += 2 * (n * (wide_k - k) + adapters + 2 * c * wide_n + below * (k * (wide_n - n) + adapters))
+        else:
+            flops += 2 * c * (2 * n + (1 + below) * k)
+        # the formula's, but for the adapters' own gradients
+        flops -= 4 * plan.elements - 2 * (not below) * adapters
+        below = True
+    return flops * tokens
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("method", ["full", "full, first layer frozen", "lora", "lora everywhere"])
+@pytest.mark.parametrize("form", [FP32, FLOAT8], ids=["fp32", "float8"])
+def test_the_fused_form_counts_too(form: Form, method: str, recompute: fast.Recompute) -> None:
+    model, asked = LlamaForCausalLM(LlamaConfig.from_dict(MIDDLE), dtype=torch.float32, device=META), batch("packed")
+    METHODS[method](model)
+    if form.float8 and "full" in method:
+        assert fast.obstacle(model, CPU, form)
+        return
+    fast.install(model, form, recompute)
+    fast.allocate(model, CPU)
+    materialise(model, CPU)
+    draw(model, 0)
+    lora.initialise(model, 0)
+    model.model.kernel = "sdpa"
+    count, formula = counted(model.train(), [asked]), Cost.of(model).flops(Work.computed([asked]))
+    more = beside(model, form, asked.ids.numel())
+    assert (more == 0) == ("lora" not in method)
+    assert count.flops - count.recomputed == pytest.approx(formula + more, rel=1e-6)
+    low, high = {"none": (0, 0), "selective": (0.6, 0.75), "full": (0.75, 0.9)}[recompute]
+    assert low <= count.recomputed / layers_forward(model, asked) <= high
 
 
 def layers_forward(model: LlamaForCausalLM, asked: Batch) -> int:
