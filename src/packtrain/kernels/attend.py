@@ -2,12 +2,14 @@
 
     attend, attend_backward       kernels/attention.py's function, and its gradient from what the first half left
 
-Without flash-attn-4 the halves are autograd's, over a graph of attention alone.
+Without flash-attn-4 the halves are autograd's, over a graph of attention alone. flash-attn-4's own halves are
+operations of torch (kernels/operations.py), whose FLOPs are of the pairs of tokens in which one sees the other.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from packtrain.batch import Batch
 from packtrain.kernels.attention import attention
 from packtrain.kernels.flash import chosen, interface
+from packtrain.kernels.operations import operation
 
 
 class Attended(NamedTuple):
@@ -31,8 +34,8 @@ class Attended(NamedTuple):
 def attend(q: Tensor, k: Tensor, v: Tensor, batch: Batch, *, out: Tensor | None = None, keep: bool = True) -> Attended:
     """`attention` of tensors that autograd does not watch; written to `out` if given. `keep` for a backward."""
     if chosen(q, batch):
-        found = interface()._flash_attn_fwd(q, k, v, **_documents(batch), return_lse=True, out=out)
-        return Attended(found[0], found[1], None)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+        return Attended(out, _flash(q, k, v, batch.cu_seqlens, batch.max_seqlen, batch.lengths, out), None)
     if not keep:
         made, graph = attention(q, k, v, batch), None
     else:
@@ -49,21 +52,47 @@ def attend_backward(
 ) -> None:
     """From the gradient of `out`, write those of q, k and v `into` three tensors of their shapes."""
     if attended.lse is not None:
-        made = interface()._flash_attn_bwd(
-            q, k, v, attended.out, gradient, attended.lse, **_documents(batch), dq=into[0], dk=into[1], dv=into[2]
-        )
-    else:
-        output, leaves = (attended if attended.graph is not None else attend(q, k, v, batch)).graph or (None, None)
-        assert output is not None
-        assert leaves is not None
-        made = torch.autograd.grad(output, leaves, gradient)
-    for target, tensor in zip(into, made[:3], strict=True):
+        documents = batch.cu_seqlens, batch.max_seqlen, batch.lengths
+        _flash_backward(q, k, v, attended.out, gradient, attended.lse, *documents, *into)
+        return
+    output, leaves = (attended if attended.graph is not None else attend(q, k, v, batch)).graph or (None, None)
+    assert output is not None
+    assert leaves is not None
+    for target, tensor in zip(into, torch.autograd.grad(output, leaves, gradient), strict=True):
+        target.copy_(tensor)
+
+
+@operation(
+    "flash_attention(Tensor q, Tensor k, Tensor v, Tensor edges, int longest, int[] lengths, Tensor(a!) out) -> Tensor",
+    flops=lambda q, k, v, edges, longest, lengths, *_: 4 * _pairs(lengths) * q[1] * q[2],
+    fake=lambda q, *_: q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32),
+)
+def _flash(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, longest: int, lengths: Sequence[int], out: Tensor) -> Tensor:
+    """log-sum-exp fp32 [Hq, T]; attention's output goes to `out`."""
+    made = interface()._flash_attn_fwd(q, k, v, **_documents(edges, longest), return_lse=True, out=out)
+    return cast(Tensor, made[1])
+
+
+@operation(
+    "flash_attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor gradient, Tensor lse, Tensor edges, "
+    "int longest, int[] lengths, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()",
+    flops=lambda q, k, v, out, gradient, lse, edges, longest, lengths, *_: 10 * _pairs(lengths) * q[1] * q[2],
+)
+def _flash_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, gradient: Tensor, lse: Tensor, edges: Tensor, longest: int,
+    lengths: Sequence[int], dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    made = interface()._flash_attn_bwd(q, k, v, out, gradient, lse, **_documents(edges, longest), dq=dq, dk=dk, dv=dv)
+    for target, tensor in zip((dq, dk, dv), made[:3], strict=True):
         if tensor.data_ptr() != target.data_ptr():
             target.copy_(tensor)
 
 
-def _documents(batch: Batch) -> dict[str, Any]:
-    edges, longest = batch.cu_seqlens, batch.max_seqlen
+def _pairs(lengths: Sequence[int]) -> int:
+    return sum(length * (length + 1) // 2 for length in lengths)
+
+
+def _documents(edges: Tensor, longest: int) -> dict[str, Any]:
     return {
         "causal": True,
         "cu_seqlens_q": edges,

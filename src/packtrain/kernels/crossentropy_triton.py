@@ -38,9 +38,12 @@ def _cross_entropy(logits, targets, loss, V, ld, GRADIENT: tl.constexpr, BLOCK: 
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, loss: Tensor, gradient: bool) -> None:
-    """Losses fp32 [rows] of logits [rows, V]; with `gradient` the logits become their gradient."""
+    """Losses fp32 [rows] of logits [rows, V]; with `gradient` the logits become their gradient.
+
+    One program fills a multiprocessor, so that the rows in work fit in the L2 cache: the second sweep reads them there.
+    """
     rows, vocabulary = logits.shape
     launch(
-        _cross_entropy, (rows,), logits, targets, loss, vocabulary, logits.stride(0), GRADIENT=gradient, BLOCK=4096,
-        num_warps=8,
+        _cross_entropy, (rows,), logits, targets, loss, vocabulary, logits.stride(0), GRADIENT=gradient, BLOCK=16384,
+        num_warps=32,
     )  # fmt: skip

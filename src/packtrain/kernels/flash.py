@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -52,6 +53,7 @@ def interface() -> Any:
     """flash_attn.cute.interface, or None where it is not installed; importing it takes seconds, so at first use."""
     if importlib.util.find_spec("flash_attn") is None:
         return None
+    _keep_compiled()
     wheel = importlib.util.find_spec("nvidia_cutlass_dsl")
     for place in wheel.submodule_search_locations or () if wheel else ():
         packages = Path(place) / "dsl_packages"
@@ -61,6 +63,17 @@ def interface() -> Any:
         return importlib.import_module("flash_attn.cute.interface")
     except ImportError:
         return None
+
+
+def _keep_compiled() -> None:
+    """Let it keep what it compiles, some 10 s of a run, in this user's own folder: its choice is one in /tmp."""
+    place = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "packtrain" / "flash-attn-4"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(place))
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, batch: Batch, prefix: tuple[Tensor, Tensor] | None) -> Tensor:

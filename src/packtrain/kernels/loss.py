@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from packtrain.kernels.rows import HAS_TRITON, INTERPRETED, by_triton
+from packtrain.kernels.rows import RUNS_TRITON, by_triton
 
-if HAS_TRITON and (torch.cuda.is_available() or INTERPRETED):
+if RUNS_TRITON:
     from packtrain.kernels import crossentropy_triton
 
 CHUNK_LOGITS = 2**26
@@ -67,15 +67,13 @@ class _Product(NamedTuple):
         """Take in a chunk's gradient by the logits, [rows, V] in the weight's dtype."""
         if self.x_gradient is not None:
             torch.mm(gradient, self.weight, out=self.x_gradient[rows])
-        if self.weight_gradient is not None and gradient.dtype == torch.float32:
-            self.weight_gradient.addmm_(gradient.t(), self.x[rows])
-        elif self.weight_gradient is not None:
-            self.weight_gradient.add_(gradient.t() @ self.x[rows])
-
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """By x and by the weight, in their dtype."""
         summed = self.weight_gradient
-        return self.x_gradient, None if summed is None else summed.to(self.weight.dtype)
+        if summed is not None and gradient.dtype == torch.float32:
+            summed.addmm_(gradient.t(), self.x[rows])
+        elif summed is not None and summed.is_cuda:  # summed by the product itself
+            torch.addmm(summed, gradient.t(), self.x[rows], out_dtype=torch.float32, out=summed)
+        elif summed is not None:
+            summed.add_(gradient.t() @ self.x[rows])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -91,7 +89,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         fused = by_triton(factors[0])
         chunk = max(1, CHUNK_LOGITS // vocabulary)
         if fused and chunk >= 128:
-            chunk = chunk * 2 // 128 * 128  # made in 16 bits and in place; a product's tiles are of 128 rows
+            # Made in 16 bits and in place; a product's tiles are of 128 rows. A gradient of the weight is read and
+            # written once a chunk, so that fewer chunks are better.
+            chunk = chunk * (8 if needed[1] else 2) // 128 * 128
         for start in range(0, targets.shape[0], chunk):
             rows = slice(start, start + chunk)
             training = any(ctx.needs_input_grad)
@@ -103,14 +103,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 gradient = gradient.to(dtype)
                 for product in products:
                     product.backward(rows, gradient)
-        summed = None if bias_gradient is None else bias_gradient.to(dtype)
-        ctx.save_for_backward(summed, *(g for product in products for g in product.gradients()))
+        ctx.save_for_backward(bias_gradient, *(g for p in products for g in (p.x_gradient, p.weight_gradient)))
+        ctx.dtype = dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors)
+        return None, *(
+            None if gradient is None else _scaled(gradient, scale, ctx.dtype) for gradient in ctx.saved_tensors
+        )
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`, rounded once, by one kernel."""
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _logits(products: list[_Product], bias: Tensor | None, rows: slice) -> Tensor:

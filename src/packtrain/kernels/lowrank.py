@@ -4,7 +4,8 @@
     Wide, Float8          the operand of a layer in 16 (or 32) bits, and in e4m3
     .down, .forward       h = x A^T, and y = x W^T + s h B^T as one product
     .up, .backward        dh = dy s B, and dx = dy W + dh A as one product
-    Gradients             dA = dh^T x, dB = s dy^T h
+
+kernels/adapter_gradients.py has the adapters' own gradients.
 
 The adapters of the parts stand side by side: C columns, r for each, rounded up to a multiple of 8 by zeros.
 
@@ -15,32 +16,38 @@ zeros, so that adapters do not meet.
 Float8: h and s B (dh and A) go as two e4m3 each, hi + lo, in 3 C columns (hi, lo, hi against hi, hi, lo): about the
 precision of bf16. The backward's operand is the transposed matrix, since Hopper multiplies float8 only along
 contiguous axes: it is kept where memory allows, else made for each use. x A^T itself is a float8 product with A as hi
-and lo rows. `factor` moves a power of the scale from the columns of s B to those of h: fresh adapters are small.
+and lo rows. `factor` moves a power of the scale from the columns of s B to those of h: fresh adapters are small, and
+large ones make a large h. Where h is beyond e4m3 all the same, the row's scale grows by a power of two, and its values
+shrink: what the output loses of them is nothing beside the adapters' part. From `GROWN_MOST` on (the adapters' output
+is thousands of times the base's) A's gradient would lose too much as well: h, and with it a gradient, is NaN then.
+
+With a dropout A's input is not x (kernels/dropped.py): h is a product of its own, B's columns stay where they are, and
+dx is the product without A's columns, to which dropout(dh A) is added.
 
 LoRA: arXiv 2106.09685.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from packtrain.kernels import float8
-from packtrain.kernels.rows import HAS_TRITON, INTERPRETED, Form, Rows, by_triton
+from packtrain.kernels import dropped, float8
+from packtrain.kernels.rows import RUNS_TRITON, Form, Rows, by_triton
 
-if HAS_TRITON and (torch.cuda.is_available() or INTERPRETED):
+if RUNS_TRITON:
     from packtrain.kernels import lowrank_triton as triton_kernels
-
-SPLITS = 8
-"""Parts of the token axis in which gradients of adapters are summed: always the same, so the sum is."""
 
 SKINNY_TOP = 224.0
 FACTOR_MOST = 16.0
+GROWN_MOST = 512.0
+REACH = 2.0
+"""`factor` leaves room for an h of 16 times this, times its usual size: root of its terms times its largest factor."""
 
 
 class Span(NamedTuple):
@@ -108,8 +115,10 @@ def _whole(weight: Tensor, plan: Plan, form: Form) -> Tensor:
 class Wide:
     """[W | s B] over [A | 0] in the dtype of W."""
 
-    def __init__(self, plan: Plan, form: Form, weight: Tensor, adapters: Adapters) -> None:
-        self.plan = plan
+    def __init__(
+        self, plan: Plan, form: Form, weight: Tensor, adapters: Adapters, drop: dropped.Drop | None = None
+    ) -> None:
+        self.plan, self.adapters, self.drop = plan, adapters, drop
         self.whole = _whole(weight, plan, form)
         for span, (a, b) in zip(plan.spans, adapters, strict=True):
             row = plan.n + span.column
@@ -120,10 +129,16 @@ class Wide:
             at = plan.k + span.column
             self.whole[span.start : span.stop, at : at + plan.rank] = plan.scale * b
 
+    def pack(self) -> None:
+        """As `Float8.pack`; it is done."""
+
     def down(self, x: Rows) -> Tensor:
         """x A^T [T, C], a view of x's own columns, which it fills."""
         plan = self.plan
         h = x.data[:, plan.k : plan.k + plan.columns]
+        if self.drop is not None:
+            dropped.down(x, [a for a, _ in self.adapters], self.drop, h)
+            return h
         return torch.mm(x.values, self.whole[plan.n :, : plan.k].t(), out=h) if plan.columns else h
 
     def forward(self, x: Rows) -> Tensor:
@@ -141,6 +156,10 @@ class Wide:
     def backward(self, dy: Rows) -> Tensor:
         """dy W + dh A [T, k]; `up` comes first."""
         plan = self.plan
+        if self.drop is not None:
+            dx = dy.values @ self.whole[: plan.n, : plan.k]
+            dropped.add_up(dx, dy.data[:, plan.n :], [a for a, _ in self.adapters], self.drop)
+            return dx
         rows = plan.n + plan.columns
         return dy.data[:, :rows] @ self.whole[:rows, : plan.k]
 
@@ -192,18 +211,24 @@ class Float8:
         tops: Sequence[tuple[Tensor, Tensor]],
         scratch: Scratch,
         transposed: Tensor | None,
+        drop: dropped.Drop | None = None,
     ) -> None:
         """`tops` are the largest magnitudes, 0-dim, of each adapter's A and B."""
         self.plan, self.form, self.weight, self.scale = plan, form, weight, scale
         self.adapters, self.tops, self.scratch, self.transposed = adapters, tops, scratch, transposed
+        self.drop = drop
 
     def down(self, x: Rows) -> Tensor:
         """x A^T [T, C] in the compute dtype; fills x's own columns."""
+        self.pack()
+        return self._skinny(x, 0)
+
+    def pack(self) -> None:
+        """Put s B beside W: what `forward` needs of `down` for rows whose columns are filled."""
         plan = self.plan
         self.whole = _whole(self.weight, plan, self.form)
         for span, (a, b), (top_a, top_b) in zip(plan.spans, self.adapters, self.tops, strict=True):
             self._pack(self.whole, 0, b, a, (top_b, top_a), (plan.scale, 1.0), (span.start, 0, span.column), plan.k)
-        return self._skinny(x, 0)
 
     def forward(self, x: Rows) -> Tensor:
         """x W^T + s h B^T [T, n]; `down` comes first."""
@@ -220,11 +245,15 @@ class Float8:
         for span, (a, b), (top_a, top_b) in zip(plan.spans, self.adapters, self.tops, strict=True):
             places = (0, span.start, span.column)
             self._pack(self.whole, 1, a.t(), b.t(), (top_a, top_b), (1.0, plan.scale), places, plan.n)
-        return self._skinny(dy, 1)
+        self.dh = self._skinny(dy, 1)
+        return self.dh
 
     def backward(self, dy: Rows) -> Tensor:
         """dy W + dh A [T, k]; `up` comes first."""
-        return self._product(dy, self.whole)
+        dx = self._product(dy, self.whole)
+        if self.drop is not None:
+            dropped.add_up(dx, self.dh, [a for a, _ in self.adapters], self.drop)
+        return dx
 
     def _product(self, x: Rows, matrix: Tensor) -> Tensor:
         assert x.scale is not None
@@ -246,13 +275,15 @@ class Float8:
         skinny = scratch.skinny[way]
         if by_triton(x):
             triton_kernels.pack8(
-                x, y, tops, scales, self.scale, matrix, skinny, scratch.skinny_scale, scratch.factor, places, values
-            )
+                x, y, tops, (*scales, reach(y.shape[1])), self.scale, matrix, skinny, scratch.skinny_scale,
+                scratch.factor, places, values,
+            )  # fmt: skip
             return
         xrow, yrow, column = places
         rank = slice(column, column + x.shape[1])
         scale = self.scale[:1]
-        factor = (SKINNY_TOP * scale / (tops[0] * scales[0]).clamp(min=1e-30)).clamp(max=FACTOR_MOST)
+        most = (reach(y.shape[1]) * tops[1] * scales[1]).clamp(min=FACTOR_MOST)
+        factor = torch.minimum(SKINNY_TOP * scale / (tops[0] * scales[0]).clamp(min=1e-30), most)
         top = (tops[1] * scales[1]).clamp(min=1e-30) / SKINNY_TOP
         hi, lo = float8.split(x * (scales[0] * factor / scale))
         rows = matrix[xrow : xrow + x.shape[0], values:]
@@ -265,23 +296,48 @@ class Float8:
         scratch.factor[rank] = factor
 
     def _skinny(self, x: Rows, way: int) -> Tensor:
-        """x's values times the skinny rows, [T, C]; x gets its columns."""
+        """x's values times the skinny rows, [T, C]; x gets its columns. With a dropout, dy has none."""
         c, count, scratch = self.plan.columns, x.data.shape[0], self.scratch
         assert x.scale is not None
         h = torch.empty(count, c, dtype=self.form.dtype, device=x.data.device)
         if c == 0:
             return h
-        ones = scratch.ones_like(x.scale)
-        o = float8.product(x.data, scratch.skinny[way], ones, scratch.skinny_scale, self.form.dtype)
+        if self.drop is not None and way == 0:
+            o = h.new_zeros(count, 2 * c)
+            dropped.down(x, [a for a, _ in self.adapters], self.drop, o[:, :c])
+        else:
+            ones = scratch.ones_like(x.scale)
+            o = float8.product(x.data, scratch.skinny[way], ones, scratch.skinny_scale, self.form.dtype)
+        fills = self.drop is None or way == 0
         if by_triton(o):
-            triton_kernels.split(o, x.scale, scratch.factor, h, x.data, x.columns)
+            most = GROWN_MOST if way == 0 else math.inf
+            triton_kernels.split(o, x.scale, scratch.factor, h, x.data if fills else None, x.columns, most)
             return h
         exact = o[:, :c].float() + o[:, c:].float()
         h.copy_(exact * x.scale[:, None])
-        hi, lo = float8.split(exact / scratch.factor)
+        if not fills:
+            return h
+        numbers, grown = _within(x, exact / scratch.factor)
+        if way == 0:
+            h.masked_fill_((grown > GROWN_MOST)[:, None], math.nan)
+        hi, lo = float8.split(numbers)
         for at, half in ((0, hi), (c, lo), (2 * c, hi)):
             x.data[:, x.columns + at : x.columns + at + c] = half
         return h
+
+
+def reach(terms: int) -> float:
+    """How large `factor` may be, in units of the largest number of a sum of so many terms."""
+    return REACH * float(terms**0.5)
+
+
+def _within(x: Rows, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """What x's columns are to hold, fp32 [T, C], and by how much [T] the scales grew of rows where it was too large."""
+    assert x.scale is not None
+    grown = torch.exp2(torch.log2(numbers.abs().amax(1) / float8.LIMIT).ceil().clamp(min=0))
+    x.scale.mul_(grown)
+    x.values.copy_(x.values.float() / grown[:, None])
+    return numbers / grown[:, None], grown
 
 
 def transpose(weight: Tensor, to: Tensor) -> None:
@@ -290,79 +346,3 @@ def transpose(weight: Tensor, to: Tensor) -> None:
         triton_kernels.transpose(_bytes(weight), _bytes(to))
     else:
         _bytes(to)[:, : weight.shape[0]] = _bytes(weight).t()
-
-
-class Gradients:
-    """Gradients of adapters of several layers, summed at once: in parts of the token axis, then in order."""
-
-    def __init__(self, plans: Sequence[Plan], device: torch.device) -> None:
-        self.partial = torch.empty(SPLITS, sum(plan.elements for plan in plans), dtype=torch.float32, device=device)
-        self.edges = [0]
-        for plan in plans:
-            self.edges.append(self.edges[-1] + plan.elements)
-
-    def of_a(self, place: int) -> Tensor:
-        """Where A's partial sums go, [SPLITS, r each span * k, ...]."""
-        return self.partial[:, self.edges[place] :]
-
-    def of_b(self, place: int, plan: Plan) -> Tensor:
-        """Where B's go, [SPLITS, span after span, ...]."""
-        return self.partial[:, self.edges[place] + plan.rank * len(plan.spans) * plan.k :]
-
-    def add_a(self, place: int, plan: Plan, x: Rows, dh: Tensor) -> None:
-        """A's of the plan at `place`: x rows of k from the forward, dh [T, C]."""
-        if plan.spans:
-            small = dh[:, : plan.rank * len(plan.spans)]
-            _gradient(x.values, x.scale, small, small.shape[1], self.of_a(place), (plan.k, 1), 1.0)
-
-    def add_b(self, place: int, plan: Plan, dy: Rows, h: Tensor) -> None:
-        """B's: dy rows of n, h [T, C] from the forward."""
-        rank, out = plan.rank, self.of_b(place, plan)
-        ends = [0, *(span.stop for span in plan.spans)]
-        starts = [span.start for span in plan.spans]
-        if starts == ends[:-1] and len(starts) <= 3 and all(start % 128 == 0 for start in starts):
-            _gradient(dy.values[:, : ends[-1]], dy.scale, h, rank, out, (1, rank), plan.scale, tuple(starts[1:]))
-            return
-        for span in plan.spans:
-            part, small = dy.values[:, span.start : span.stop], h[:, span.column : span.column + rank]
-            _gradient(part, dy.scale, small, rank, out, (1, rank), plan.scale)
-            out = out[:, rank * (span.stop - span.start) :]
-
-    def sums(self, plans: Sequence[Plan]) -> list[Tensor]:
-        """A's and B's gradient of every span of every plan, fp32."""
-        flat = self.partial.sum(0)
-        found: list[Tensor] = []
-        for plan, at in zip(plans, self.edges, strict=False):
-            top = at + plan.rank * len(plan.spans) * plan.k
-            for i, span in enumerate(plan.spans):
-                start = at + i * plan.rank * plan.k
-                rows = span.stop - span.start
-                found.append(flat[start : start + plan.rank * plan.k].view(plan.rank, plan.k))
-                found.append(flat[top : top + rows * plan.rank].view(rows, plan.rank))
-                top += rows * plan.rank
-        return found
-
-
-def _gradient(
-    x: Tensor,
-    scale: Tensor | None,
-    h: Tensor,
-    rank: int,
-    out: Tensor,
-    strides: tuple[int, int],
-    factor: float,
-    edges: tuple[int, ...] = (),
-) -> None:
-    """Partial sums of factor * h^T x into out [SPLITS, ...], element (r, n) at `strides`.
-
-    From each of `edges` on, columns of x meet the next `rank` columns of h.
-    """
-    if by_triton(x):
-        triton_kernels.gradient(x, scale, h, rank, out, strides, factor, edges)
-        return
-    values = x.float() if scale is None else x.float() * scale[:, None]
-    starts = (0, *edges, x.shape[1])
-    parts = [h[:, i * rank : (i + 1) * rank].float().t() @ values[:, a:b] for i, (a, b) in enumerate(pairwise(starts))]
-    out[0].as_strided((rank, x.shape[1]), strides, out[0].storage_offset()).copy_(factor * torch.cat(parts, 1))
-    for split in range(1, out.shape[0]):
-        out[split].as_strided((rank, x.shape[1]), strides, out[split].storage_offset()).zero_()

@@ -2,6 +2,7 @@
 
     token_keys(seed, step, rows, positions)     64 random bits a token, made with the batch on the host
     dropout(x, keys, name, p)                   x with elements dropped, by (key, name of the layer, column)
+    number(text)                                what a name is to them
 
 So a mask is the same on any number of ranks, in any packing, in a recomputed layer and after a resume, and the
 backward makes it again instead of keeping it.
@@ -25,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 def token_keys(seed: int, step: int, rows: Tensor, positions: Tensor) -> Tensor:
     """Keys of T tokens, int64 [T] of all 64 bits. `rows`, `positions` int64 [T]: the data's row and the place in it."""
-    return _mix64(_mix64(rows ^ _number(f"{seed} {step}")) + positions)
+    return _mix64(_mix64(rows ^ number(f"{seed} {step}")) + positions)
 
 
 def dropout(x: Tensor, keys: Tensor, name: str, p: float) -> Tensor:
@@ -59,7 +60,7 @@ def _drop(x: Tensor, keys: Tensor, name: str, p: float) -> Tensor:
 
 def _bits(keys: Tensor, name: str, columns: int) -> Tensor:
     """Uniform int16 [T, columns]."""
-    words = _mix64(keys ^ _number(name)).unsqueeze(1).view(torch.int32)
+    words = _mix64(keys ^ number(name)).unsqueeze(1).view(torch.int32)
     first, second = words[:, :1], words[:, 1:]
     pairs = torch.arange((columns + 1) // 2, dtype=torch.int32, device=keys.device)
     hashed = first ^ pairs.mul_(_signed(0x9E3779B1, 32))
@@ -87,6 +88,6 @@ def _signed(value: int, width: int) -> int:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _number(text: str) -> int:
+def number(text: str) -> int:
     """64 bits of a text, the same in every process (Python's own hash is not), as a signed integer."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)

@@ -26,13 +26,15 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter runs the kernels on a CPU, for tests."""
 
-if HAS_TRITON and (torch.cuda.is_available() or INTERPRETED):
+RUNS_TRITON = HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)
+
+if RUNS_TRITON:
     from packtrain.kernels import rows_triton as triton_rows
 
 
 def by_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels take this tensor."""
-    return HAS_TRITON and (x.is_cuda or INTERPRETED)
+    """Whether the Triton kernels take this tensor; where none can run, fake ones of a GPU go the plain way."""
+    return RUNS_TRITON and (x.is_cuda or INTERPRETED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,38 +132,46 @@ def norm_backward(
     residual: Tensor | None,
     form: Form,
     columns: int,
-) -> tuple[Tensor, Rows]:
+) -> tuple[Tensor, Rows, Tensor | None]:
     """Gradient of z: through the norm, plus `residual` [T, D], as a tensor [T, D] and as rows.
 
-    Rows that are not float8 are the tensor: it is a view of them.
+    Rows that are not float8 are the tensor: it is a view of them. Last, the gradient fp32 [D] of a weight that learns.
     """
     rows = form.empty(z, z.shape[0], z.shape[1], columns)
     dz = torch.empty_like(z) if form.float8 else rows.values
+    learns = weight.requires_grad
     if by_triton(z):
         numbers = rows.data if form.float8 else None
-        triton_rows.norm_backward(dy, z, weight, rstd, residual, None, dz, numbers, _scale_or(rows, rstd))
-        return dz, rows
+        scale = _scale_or(rows, rstd)
+        return dz, rows, triton_rows.norm_backward(dy, z, weight, rstd, residual, None, dz, numbers, scale, learns)
     exact = _norm_gradient(dy, z, weight, rstd)
     if residual is not None:
         exact += residual.float()
     dz.copy_(exact)
     if form.float8:
         rows.put(exact)
-    return dz, rows
+    return dz, rows, _norm_weight_gradient(dy, z, rstd) if learns else None
 
 
-def norm_backward_at(dy: Tensor, z: Tensor, weight: Tensor, rstd: Tensor, index: Tensor, count: int) -> Tensor:
-    """Gradient of all `count` rows where the norm saw only those of `index`: zero in the others."""
+def norm_backward_at(
+    dy: Tensor, z: Tensor, weight: Tensor, rstd: Tensor, index: Tensor, count: int
+) -> tuple[Tensor, Tensor | None]:
+    """The same of all `count` rows where the norm saw only those of `index`: zero in the others."""
     dz = torch.zeros(count, z.shape[1], dtype=z.dtype, device=z.device)
+    learns = weight.requires_grad
     if by_triton(z):
-        triton_rows.norm_backward(dy, z, weight, rstd, None, index, dz, None, rstd)
-        return dz
-    return dz.index_copy_(0, index, _norm_gradient(dy, z, weight, rstd).to(z.dtype))
+        return dz, triton_rows.norm_backward(dy, z, weight, rstd, None, index, dz, None, rstd, learns)
+    dz.index_copy_(0, index, _norm_gradient(dy, z, weight, rstd).to(z.dtype))
+    return dz, _norm_weight_gradient(dy, z, rstd) if learns else None
 
 
 def _norm_gradient(dy: Tensor, z: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     g, unit = dy.float() * weight.float(), z.float() * rstd[:, None]
     return rstd[:, None] * (g - unit * (g * unit).mean(1, keepdim=True))
+
+
+def _norm_weight_gradient(dy: Tensor, z: Tensor, rstd: Tensor) -> Tensor:
+    return (dy.float() * z.float() * rstd[:, None]).sum(0)
 
 
 def copy(x: Tensor, form: Form, columns: int) -> Rows:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 TOP = tl.constexpr(28.0)
 """Largest value of a float8 row in units of its scale, of the format's 448 (kernels/float8.py says why)."""
+
+NORM_ROWS = 16
+"""Rows whose share of a norm's weight gradient one program sums."""
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -34,7 +38,7 @@ def _store_row(q, s, row, c, value, m, at, K, ld, top, FLOAT8: tl.constexpr, PAD
     """value [BLOCK] into a row from column `at`; float8 rows with their scale, and zeros beyond column K."""
     if FLOAT8:
         scale = tl.maximum(top, 1e-10) / TOP
-        tl.store(q + row * ld + at + c, (value / scale).to(q.dtype.element_ty), mask=m)
+        tl.store(q + row * ld + at + c, (value * (1.0 / scale)).to(q.dtype.element_ty), mask=m)
         tl.store(s + row, scale)
         pad = tl.arange(0, PAD)
         tl.store(q + row * ld + K + pad, tl.zeros((PAD,), tl.float32).to(q.dtype.element_ty), mask=K + pad < ld)
@@ -67,26 +71,34 @@ def _add_norm(
 
 @triton.jit
 def _norm_backward(
-    dy, z, w, rstd, residual, index, dz, q, s, D, lddy, ldr, lddz, ld,
-    RESIDUAL: tl.constexpr, INDEXED: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr,
+    dy, z, w, rstd, residual, index, dz, q, s, partial, T, D, lddy, ldr, lddz, ld,
+    RESIDUAL: tl.constexpr, INDEXED: tl.constexpr, FLOAT8: tl.constexpr, LEARNS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     m = c < D
-    r = tl.load(rstd + row)
-    g = tl.load(dy + row * lddy + c, mask=m, other=0.0).to(tl.float32) * tl.load(w + c, mask=m, other=0.0).to(
-        tl.float32
-    )
-    unit = tl.load(z + row * D + c, mask=m, other=0.0).to(tl.float32) * r
-    out = r * (g - unit * (tl.sum(g * unit, 0) / D))
-    if RESIDUAL:
-        out += tl.load(residual + row * ldr + c, mask=m, other=0.0).to(tl.float32)
-    target = row
-    if INDEXED:
-        target = tl.load(index + row)
-    tl.store(dz + target * lddz + c, out.to(dz.dtype.element_ty), mask=m)
-    if FLOAT8:
-        _store_row(q, s, row, c, out, m, 0, D, ld, tl.max(tl.abs(out), 0), FLOAT8, PAD)
+    weight = tl.load(w + c, mask=m, other=0.0).to(tl.float32)
+    summed = tl.zeros((BLOCK,), tl.float32)
+    top = tl.program_id(0) * ROWS
+    for i in range(top, tl.minimum(top + ROWS, T)):
+        row = tl.cast(i, tl.int64)
+        r = tl.load(rstd + row)
+        g = tl.load(dy + row * lddy + c, mask=m, other=0.0).to(tl.float32)
+        unit = tl.load(z + row * D + c, mask=m, other=0.0).to(tl.float32) * r
+        if LEARNS:
+            summed += g * unit
+        g = g * weight
+        out = r * (g - unit * (tl.sum(g * unit, 0) / D))
+        if RESIDUAL:
+            out += tl.load(residual + row * ldr + c, mask=m, other=0.0).to(tl.float32)
+        target = row
+        if INDEXED:
+            target = tl.load(index + row)
+        tl.store(dz + target * lddz + c, out.to(dz.dtype.element_ty), mask=m)
+        if FLOAT8:
+            _store_row(q, s, row, c, out, m, 0, D, ld, tl.max(tl.abs(out), 0), FLOAT8, PAD)
+    if LEARNS:
+        tl.store(partial + tl.program_id(0).to(tl.int64) * D + c, summed, mask=m)
 
 
 @triton.jit
@@ -122,9 +134,14 @@ def _silu_mul_backward(gate_up, da, q, s, F, ld, FLOAT8: tl.constexpr, BLOCK: tl
     sigmoid = tl.sigmoid(g)
     du = d * g * sigmoid
     dg = d * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
-    top = tl.maximum(tl.max(tl.abs(du), 0), tl.max(tl.abs(dg), 0))
-    _store_row(q, s, row, c, dg, m, 0, 2 * F, ld, top, FLOAT8, PAD)
-    _store_row(q, s, row, c, du, m, F, 2 * F, ld, top, FLOAT8, PAD)
+    if FLOAT8:
+        top = tl.maximum(tl.max(tl.abs(du), 0), tl.max(tl.abs(dg), 0))
+        dg = dg * (TOP / tl.maximum(top, 1e-10))
+        tl.store(q + row * ld + c, dg.to(q.dtype.element_ty), mask=m)
+        _store_row(q, s, row, c, du, m, F, 2 * F, ld, top, FLOAT8, PAD)
+    else:
+        tl.store(q + row * ld + c, dg.to(q.dtype.element_ty), mask=m)
+        tl.store(q + row * ld + F + c, du.to(q.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -162,8 +179,8 @@ def _rope_backward(
     to = q + row * ld + h * 2 * HALF + j
     if FLOAT8:
         scale = tl.maximum(tl.maximum(tl.max(tl.abs(first)), tl.max(tl.abs(second))), 1e-10) / TOP
-        first = first / scale
-        second = second / scale
+        first = first * (1.0 / scale)
+        second = second * (1.0 / scale)
         tl.store(s + row, scale)
         K = ALL * 2 * HALF
         pad = tl.arange(0, PAD)
@@ -206,16 +223,22 @@ def add_norm(
 
 def norm_backward(
     dy: Tensor, z: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None, index: Tensor | None,
-    dz: Tensor, q: Tensor | None, scale: Tensor,
-) -> None:  # fmt: skip
-    columns = z.shape[1]
+    dz: Tensor, q: Tensor | None, scale: Tensor, learns: bool,
+) -> Tensor | None:  # fmt: skip
+    """The gradient of the weight, fp32 [D], if it `learns`: summed over rows in parts of always the same size."""
+    count, columns = z.shape
     rows = dz if q is None else q
+    each = NORM_ROWS if learns else 1
+    programs = triton.cdiv(count, each)
+    partial = torch.empty(programs, columns, dtype=torch.float32, device=z.device) if learns else rstd
     launch(
-        _norm_backward, (rstd.shape[0],), dy, z, weight, rstd, dy if residual is None else residual,
-        rstd if index is None else index, dz, rows, scale, columns, dy.stride(0),
+        _norm_backward, (programs,), dy, z, weight, rstd, dy if residual is None else residual,
+        rstd if index is None else index, dz, rows, scale, partial, count, columns, dy.stride(0),
         0 if residual is None else residual.stride(0), dz.stride(0), rows.stride(0),
-        RESIDUAL=residual is not None, INDEXED=index is not None, **_shape(columns, rows.shape[1], q is not None),
+        RESIDUAL=residual is not None, INDEXED=index is not None, LEARNS=learns, ROWS=each,
+        **_shape(columns, rows.shape[1], q is not None),
     )  # fmt: skip
+    return partial.sum(0) if learns else None
 
 
 def copy(x: Tensor, q: Tensor, scale: Tensor) -> None:
@@ -251,8 +274,3 @@ def rope_backward(x: Tensor, cos: Tensor, sin: Tensor, rotated: int, q: Tensor, 
         FLOAT8=q.element_size() == 1, HEADS=triton.next_power_of_2(heads), WIDE=triton.next_power_of_2(half),
         PAD=triton.next_power_of_2(max(q.shape[1] - columns, 1)), num_warps=8,
     )  # fmt: skip
-
-
-def use(x: Tensor) -> bool:
-    """Whether these kernels take a tensor: on CUDA, or anywhere when Triton interprets them."""
-    return INTERPRETED or x.is_cuda

@@ -1,9 +1,9 @@
-"""Decoder layers with a frozen base as one operation each: forward and backward written out over few kernels.
+"""Decoder layers as one operation each: forward and backward written out over few kernels.
 
     obstacle            why a model cannot take this form, or None
     install             gives it to every layer; before sharding, on meta
-    allocate            memory for the weights of an unsharded model, with room for the adapters' columns
-    staged              where values of a weight go: to the weight, or to a float8 one through its scale
+    allocate            memory for the weights of an unsharded model, with room for the adapters' columns; not for a
+                        quantised base, whose weights are made for each use
     final_norm          the last norm, of the rows that the loss needs
 
 What it computes is what model/llama.py's layers compute; those stay, as its definition and for all that does not fit.
@@ -17,8 +17,6 @@ asks the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -30,8 +28,9 @@ from packtrain.kernels.lowrank import Plan, Span, storage
 from packtrain.kernels.rows import Form
 from packtrain.model.fast_layer import FastLayer, Recompute, Shared, Stream, linears
 from packtrain.model.linear import Linear
+from packtrain.model.quantised import QuantisedLinear
 
-__all__ = ["FastLayer", "Recompute", "allocate", "final_norm", "install", "obstacle", "staged"]
+__all__ = ["FastLayer", "Recompute", "allocate", "final_norm", "install", "obstacle"]
 
 
 def obstacle(model: nn.Module, device: torch.device, form: Form) -> str | None:
@@ -40,16 +39,17 @@ def obstacle(model: nn.Module, device: torch.device, form: Form) -> str | None:
         return "Triton is not installed"
     if device.type == "cuda" and form.dtype not in {torch.bfloat16, torch.float16}:
         return f"{form.dtype} is computed by other kernels"
-    if cast(Any, model).model.norm.weight.requires_grad:
-        return "the last norm is trained"
     for layer in _layers(model):
-        if any(parameter.requires_grad for parameter in _base(layer)):
-            return "weights of the base are trained"
+        learning = [parameter.requires_grad for parameter in _base(layer)]
+        if any(learning) and (form.float8 or not all(learning)):
+            return "weights of the base are trained" + ("" if form.float8 else ", but not all of a layer's")
         if getattr(layer.self_attn, "prompt", None) is not None:
             return "an adapter takes part in attention"
         for linear in linears(layer):
             if linear.bias is not None:
                 return "linear layers have a bias"
+            if isinstance(linear, QuantisedLinear) and linear.dtype != form.dtype:
+                return f"products of the quantised base are in {linear.dtype}, all else in {form.dtype}"
             if linear.out_features % 16 or linear.in_features % 16:
                 return "a linear layer's size is no multiple of 16"
             if found := _adapters_obstacle(linear):
@@ -61,9 +61,7 @@ def _adapters_obstacle(linear: Linear) -> str | None:
     adapters: list[Any] = list(linear.adapters.values())
     if not all(hasattr(adapter, "lora_A") for adapter in adapters):
         return "whole layers are trained beside the adapters"
-    if any(adapter.dropout > 0 for adapter in adapters):
-        return "adapters have a dropout"
-    if len({(adapter.lora_A.shape[0], adapter.scale) for adapter in adapters}) > 1:
+    if len({(adapter.lora_A.shape[0], adapter.scale, adapter.dropout) for adapter in adapters}) > 1:
         return "adapters of one layer differ in rank"
     return None
 
@@ -89,8 +87,20 @@ def install(model: nn.Module, form: Form, recompute: Recompute) -> None:
                 linear.weight = nn.Parameter(empty, requires_grad=False)
                 most = max(linear.weight.shape)  # the one scale, for as many rows as the weight or its transpose has
                 linear.register_buffer("weight_scale", torch.empty(most, dtype=torch.float32, device=device), False)
-        layer.fast = FastLayer(shared, tuple(map(_plan, products)), recompute)
+        adapters: list[list[Any]] = [_adapters(linear) for linear in products]
+        layer.fast = FastLayer(
+            shared,
+            tuple(map(_plan, products)),
+            recompute,
+            trains=all(parameter.requires_grad for parameter in _base(layer)),
+            names=tuple(tuple(adapter.name for adapter in some) for some in adapters),
+            dropout=max((adapter.dropout for some in adapters for adapter in some), default=0.0),
+        )
     cast(Any, model).fast_norm = final_norm
+
+
+def _adapters(linear: Linear) -> list[Any]:
+    return [linear.adapters[part.name] for part in linear.parts if part.name in linear.adapters]
 
 
 def _plan(linear: Linear) -> Plan:
@@ -109,27 +119,12 @@ def allocate(model: nn.Module, device: torch.device) -> None:
         fast: FastLayer = layer.fast
         for linear, plan in zip(linears(layer), fast.plans, strict=True):
             whole = storage(plan, fast.shared.form, device)
-            linear.weight = nn.Parameter(whole[: plan.n, : plan.k], requires_grad=False)
+            linear.weight = nn.Parameter(whole[: plan.n, : plan.k], requires_grad=linear.weight.requires_grad)
         fast.lasting = True
 
 
-@contextmanager
-def staged(model: nn.Module, name: str, local: Tensor) -> Iterator[Tensor]:
-    """Where to put the values of parameter `name`, whose rows are `local`: quantised at the end if it is float8."""
-    if local.dtype != float8.E4M3:
-        yield local
-        return
-    dtype = torch.float32 if local.device.type == "cpu" else torch.bfloat16
-    values = torch.empty(local.shape, dtype=dtype, device=local.device)
-    yield values
-    layer: Any = model.get_submodule(name.rpartition(".")[0])
-    numbers, scale = float8.quantise_matrix(values)
-    local.view(torch.uint8).copy_(numbers.view(torch.uint8))
-    layer.weight_scale.copy_(scale)
-
-
 def final_norm(stream: Stream, norm: Any, index: Tensor | None) -> Tensor:
-    """The norm of the stream's rows of `index` int64 [N], or of all: [N, D]. The norm's weight has no gradient."""
+    """The norm of the stream's rows of `index` int64 [N], or of all: [N, D]."""
     x, delta = stream if isinstance(stream, tuple) else (stream, None)
     return cast(Tensor, _FinalNorm.apply(x, delta, norm.weight, norm.eps, index))  # type: ignore[no-untyped-call]
 
@@ -146,8 +141,10 @@ class _FinalNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, rstd, index = ctx.saved_tensors
+        dy = dy.contiguous()
         if index is None:
-            dz, _ = rows.norm_backward(dy.contiguous(), z, weight, rstd, None, Form(z.dtype, float8=False), 0)
+            dz, _, dweight = rows.norm_backward(dy, z, weight, rstd, None, Form(z.dtype, float8=False), 0)
         else:
-            dz = rows.norm_backward_at(dy.contiguous(), z, weight, rstd, index, ctx.count)
-        return dz, dz if ctx.needs_input_grad[1] else None, None, None, None
+            dz, dweight = rows.norm_backward_at(dy, z, weight, rstd, index, ctx.count)
+        dweight = None if dweight is None else dweight.to(weight.dtype)
+        return dz, dz if ctx.needs_input_grad[1] else None, dweight, None, None

@@ -4,8 +4,9 @@
     Shared              what the layers of a model have in common
     linears             a layer's four products
 
-model/fast.py decides who takes it, and why it is faster. Frozen weights are read from their modules in the forward and
-again in the backward, so that sharding may gather them for each.
+model/fast.py decides who takes it, and why it is faster. What learns is either the adapters of a frozen base or all of
+a layer's own weights. Weights are read from their modules in the forward and again in the backward, so that sharding
+may gather them for each.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from packtrain.batch import Batch
 from packtrain.kernels import rows
+from packtrain.kernels.adapter_gradients import Gradients, up_and_gradient
 from packtrain.kernels.attend import Attended, attend, attend_backward
-from packtrain.kernels.lowrank import Float8, Gradients, Plan, Scratch, Wide, transpose
+from packtrain.kernels.dropped import Drop
+from packtrain.kernels.lowrank import Float8, Plan, Scratch, Wide, transpose
+from packtrain.kernels.operations import again
 from packtrain.kernels.rows import Form, Rows
 from packtrain.model.linear import Linear
 
@@ -48,11 +52,16 @@ class Shared:
     def take(self, gradient: Tensor, columns: int) -> Rows:
         """A gradient as rows for a product with so many adapter columns."""
         handed, self.handed = self.handed, None
-        if handed is not None and handed[0].data_ptr() == gradient.data_ptr():
-            width = self.form.width(gradient.shape[1], columns)
-            if handed[0].shape == gradient.shape and handed[1].data.shape[1] == width:
-                return handed[1]
+        width = self.form.width(gradient.shape[1], columns)
+        if handed is not None and _same(handed[0], gradient) and handed[1].data.shape[1] == width:
+            return handed[1]
         return rows.copy(gradient, self.form, columns)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one in memory; of fake ones the storages say so."""
+    memory = one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return memory and one.shape == other.shape and one.storage_offset() == other.storage_offset()
 
 
 Operands = Sequence[Wide | Float8]
@@ -110,6 +119,12 @@ class FastLayer:
     plans: tuple[Plan, ...]
     """qkv, o, gate_up, down."""
     recompute: Recompute
+    trains: bool = False
+    """The layer's own weights learn: then it has no adapters."""
+    names: tuple[tuple[str, ...], ...] = ((), (), (), ())
+    """Hugging Face's, of the adapted parts of each product."""
+    dropout: float = 0.0
+    """The adapters'."""
     lasting: bool = False
     """Weights stay where they are between forward and backward: the model is not sharded."""
     transposed: list[Tensor | None] = field(default_factory=lambda: [None] * 4)
@@ -117,18 +132,25 @@ class FastLayer:
     def __call__(self, layer: Any, stream: Stream, rope: tuple[Tensor, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """The residual stream after the layer, as a pair."""
         x, delta = stream if isinstance(stream, tuple) else (stream, None)
-        adapters = [
-            parameter
+        cos, sin = (t.flatten(1) for t in rope)
+        learning = self._learning(layer)
+        made = _Layer.apply(self, layer, cos, sin, batch, x, delta, *learning)  # type: ignore[no-untyped-call]
+        return cast(tuple[Tensor, Tensor], made)
+
+    def _learning(self, layer: Any) -> list[Tensor]:
+        """A and B of each adapter; or the four weights and those of the two norms."""
+        if self.trains:
+            norms: list[Tensor] = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+            return [linear.weight for linear in linears(layer)] + norms
+        return [
+            cast(Tensor, parameter)
             for linear in linears(layer)
             for part in linear.parts
             if part.name in linear.adapters
             for parameter in (linear.adapters[part.name].lora_A, linear.adapters[part.name].lora_B)
         ]
-        cos, sin = (t.flatten(1) for t in rope)
-        made = _Layer.apply(self, layer, cos, sin, batch, x, delta, *adapters)  # type: ignore[no-untyped-call]
-        return cast(tuple[Tensor, Tensor], made)
 
-    def operands(self, layer: Any, adapters: Sequence[Tensor]) -> Operands:
+    def operands(self, layer: Any, adapters: Sequence[Tensor], batch: Batch) -> Operands:
         """The four products of a layer, weights read now."""
         form = self.shared.form
         products = linears(layer)
@@ -138,8 +160,10 @@ class FastLayer:
         made: list[Wide | Float8] = []
         for i, (linear, plan) in enumerate(zip(products, self.plans, strict=True)):
             mine, pairs = pairs[: len(plan.spans)], pairs[len(plan.spans) :]
+            dropping = self.dropout > 0 and layer.training and plan.spans
+            drop = Drop(batch.keys.view(-1), self.names[i], self.dropout) if dropping else None
             if not form.float8:
-                made.append(Wide(plan, form, linear.weight, mine))
+                made.append(Wide(plan, form, linear.matrix(), mine, drop))
                 continue
             their_tops, pairs_of_tops = pairs_of_tops[: len(plan.spans)], pairs_of_tops[len(plan.spans) :]
             scale = cast(Tensor, linear.weight_scale)
@@ -153,6 +177,7 @@ class FastLayer:
                     their_tops,
                     self._scratch(plan, scale),
                     self._turned(i, linear),
+                    drop,
                 )
             )
         return made
@@ -181,27 +206,31 @@ class FastLayer:
         stream: tuple[Tensor, Tensor | None],
         attended: Attended | None,
         keep: bool,
-        z2: Tensor | None = None,
-        again: bool = False,
+        known: _Kept | None = None,
     ) -> tuple[_Kept, Tensor | None, Attended]:
-        """The layer, without its last product if it is done `again`; what is known of attention and z2 is not."""
+        """The layer. If it is done again, some is `known`, attention too if given, and the last product left out."""
         form = self.shared.form
         qkv, output, gate_up, down = operands
         norm1, norm2 = layer.input_layernorm, layer.post_attention_layernorm
         x, delta = stream
-        z1, rstd1, y1 = rows.add_norm(x, delta, norm1.weight, norm1.eps, form, qkv.plan.columns)
-        kept = _Kept(z1, rstd1=rstd1, y1=y1, h1=qkv.down(y1))
-        kept.qkv = self._turned_qkv(layer, qkv.forward(y1), place)
+        if known is not None and known.y1 is not None:
+            kept = _Kept(known.z1, rstd1=known.rstd1, y1=known.y1, h1=known.h1)
+            qkv.pack()
+        else:
+            z1, rstd1, y1 = rows.add_norm(x, delta, norm1.weight, norm1.eps, form, qkv.plan.columns)
+            kept = _Kept(z1, rstd1=rstd1, y1=y1, h1=qkv.down(y1))
+        kept.qkv = self._turned_qkv(layer, qkv.forward(cast(Rows, kept.y1)), place)
         mixed, attended = self._attend(layer, kept.qkv, place[2], attended, keep)
         kept.out, kept.lse, kept.mixed = attended.out, attended.lse, mixed
         kept.h_out = output.down(mixed)
-        x, delta = (z1, output.forward(mixed)) if z2 is None else (z2, None)
+        z2 = None if known is None else known.z2
+        x, delta = (kept.z1, output.forward(mixed)) if z2 is None else (z2, None)
         kept.z2, kept.rstd2, kept.y2 = rows.add_norm(x, delta, norm2.weight, norm2.eps, form, gate_up.plan.columns)
         kept.h2 = gate_up.down(kept.y2)
         kept.gate_up = gate_up.forward(kept.y2)
         kept.gated = rows.silu_mul(kept.gate_up, form, down.plan.columns)
         kept.h_down = down.down(kept.gated)
-        return kept, None if again else down.forward(kept.gated), attended
+        return kept, None if known is not None else down.forward(kept.gated), attended
 
     def _turned_qkv(self, layer: Any, qkv: Tensor, place: tuple[Tensor, Tensor, Batch]) -> Tensor:
         head = layer.self_attn.head_dim
@@ -233,36 +262,33 @@ class FastLayer:
         gradients: tuple[Tensor, Tensor],
         needs_input: bool,
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """Gradients of the stream's two tensors (they are one) and of the adapters."""
+        """Gradients of the stream's two tensors (they are one) and of what learns."""
         form, shared = self.shared.form, self.shared
         qkv, output, gate_up, down = operands
         norm1, norm2 = layer.input_layernorm, layer.post_attention_layernorm
-        sums = Gradients(self.plans, kept.z1.device)
+        sums: Gradients | list[Tensor] = [] if self.trains else Gradients(self.plans, kept.z1.device)
 
         dy = shared.take(gradients[1], down.plan.columns)
-        dh = down.up(dy)
-        sums.add_b(3, down.plan, dy, kept.h_down)
-        sums.add_a(3, down.plan, kept.gated, dh)
+        _learn(sums, 3, down, dy, kept.gated, kept.h_down)
         kept.gated = None
         dy = rows.silu_mul_backward(kept.gate_up, down.backward(dy), form, gate_up.plan.columns)
         kept.gate_up = None
-        dh = gate_up.up(dy)
-        sums.add_b(2, gate_up.plan, dy, kept.h2)
-        sums.add_a(2, gate_up.plan, kept.y2, dh)
-        dx = gate_up.backward(dy)
-        dz, dy = rows.norm_backward(dx, kept.z2, norm2.weight, kept.rstd2, gradients[0], form, output.plan.columns)
-        dh = output.up(dy)
-        sums.add_b(1, output.plan, dy, kept.h_out)
-        sums.add_a(1, output.plan, kept.mixed, dh)
+        _learn(sums, 2, gate_up, dy, kept.y2, kept.h2)
+        dx, dnorm1 = gate_up.backward(dy), None
+        dz, dy, dnorm2 = rows.norm_backward(
+            dx, kept.z2, norm2.weight, kept.rstd2, gradients[0], form, output.plan.columns
+        )
+        _learn(sums, 1, output, dy, kept.mixed, kept.h_out)
         dy = self._attention_backward(layer, place, kept, attended, output.backward(dy))
-        dh = qkv.up(dy)
-        sums.add_b(0, qkv.plan, dy, kept.h1)
-        sums.add_a(0, qkv.plan, kept.y1, dh)
-        if needs_input:
+        _learn(sums, 0, qkv, dy, kept.y1, kept.h1)
+        if needs_input or self.trains:
             dx = qkv.backward(dy)
-            dz, dy = rows.norm_backward(dx, kept.z1, norm1.weight, kept.rstd1, dz, form, down.plan.columns)
+            dz, dy, dnorm1 = rows.norm_backward(dx, kept.z1, norm1.weight, kept.rstd1, dz, form, down.plan.columns)
             shared.handed = dz, dy
-        return dz if needs_input else None, sums.sums(self.plans)
+        if isinstance(sums, Gradients):
+            return dz if needs_input else None, sums.sums(self.plans)
+        norms = [cast(Tensor, made).to(norm1.weight.dtype) for made in (dnorm1, dnorm2)]
+        return dz if needs_input else None, sums[::-1] + norms
 
     def _attention_backward(
         self, layer: Any, place: tuple[Tensor, Tensor, Batch], kept: Any, attended: Attended, gradient: Tensor
@@ -277,6 +303,15 @@ class FastLayer:
         return rows.rope_backward(
             dqkv, cos, sin, (q.stop + k.stop - k.start) // head, self.shared.form, self.plans[0].columns
         )
+
+
+def _learn(sums: Gradients | list[Tensor], place: int, operand: Wide | Float8, dy: Rows, x: Rows, h: Tensor) -> None:
+    """The gradients of one product's adapters, or of its weight, into `sums`; dy is ready for `backward` then."""
+    if not isinstance(sums, Gradients):
+        sums.append(dy.values.t() @ x.values)
+        return
+    dh = up_and_gradient(operand, dy, h, sums, place)
+    sums.add_a(place, operand.plan, x, dh, operand.drop)
 
 
 def heads(layer: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,23 +329,30 @@ def _largest(adapters: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm([adapter.detach() for adapter in adapters], float("inf")))
 
 
-def _few(kept: _Kept) -> _Kept:
-    """What selective recomputation keeps: attention, if it can go back without its graph, and both norms' inputs."""
-    if kept.lse is None:
-        return _Kept(kept.z1, z2=kept.z2)
-    return _Kept(kept.z1, kept.out, kept.lse, z2=kept.z2)
+def _few(kept: _Kept, form: Form) -> _Kept:
+    """What selective recomputation keeps: attention, if it can go back without its graph, and both norms' inputs.
+
+    And what is small beside what it saves: the first norm's output where it has 8 bits.
+    """
+    few = _Kept(kept.z1, z2=kept.z2)
+    if form.float8:
+        few.rstd1, few.y1, few.h1 = kept.rstd1, kept.y1, kept.h1
+    if kept.lse is not None:
+        few.out, few.lse = kept.out, kept.lse
+    return few
 
 
 class _Layer(torch.autograd.Function):
-    """(form, layer, cos, sin, batch, x, delta, A and B of each adapter) -> (x, delta)."""
+    """(form, layer, cos, sin, batch, x, delta, what learns) -> (x, delta)."""
 
     @staticmethod
     def forward(
         ctx: Any, form: FastLayer, layer: Any, cos: Tensor, sin: Tensor, batch: Batch,
-        x: Tensor, delta: Tensor | None, *adapters: Tensor,
+        x: Tensor, delta: Tensor | None, *learning: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         keep = any(ctx.needs_input_grad)
-        operands = form.operands(layer, adapters)
+        adapters = () if form.trains else learning
+        operands = form.operands(layer, adapters, batch)
         recompute = form.recompute if layer.training else "none"
         kept, last, attended = form.forward(
             layer, operands, (cos, sin, batch), (x, delta), None, keep and recompute == "none"
@@ -322,7 +364,7 @@ class _Layer(torch.autograd.Function):
             ctx.form, ctx.layer, ctx.batch, ctx.recompute = form, layer, batch, recompute
             ctx.graph = attended.graph
             if recompute != "none":
-                kept = _few(kept) if recompute == "selective" else _Kept(kept.z1)
+                kept = _few(kept, form.shared.form) if recompute == "selective" else _Kept(kept.z1)
             ctx.operands = operands if recompute == "none" and form.lasting else None
             tensors, ctx.columns = kept.flat()
             ctx.save_for_backward(cos, sin, *adapters, *tensors)
@@ -337,12 +379,12 @@ class _Layer(torch.autograd.Function):
         adapters, kept = left[:count], _Kept.unflat(left[count:], ctx.columns)
         del left
         place = cos, sin, ctx.batch
-        operands = ctx.operands or form.operands(ctx.layer, adapters)
+        operands = ctx.operands or form.operands(ctx.layer, adapters, ctx.batch)
         attended = Attended(cast(Tensor, kept.out), kept.lse, ctx.graph)
         if ctx.recompute != "none":
-            known = attended if kept.lse is not None else None
-            stream = kept.z1, None
-            kept, _, attended = form.forward(ctx.layer, operands, place, stream, known, True, kept.z2, again=True)
+            done = attended if kept.lse is not None else None
+            with again():
+                kept, _, attended = form.forward(ctx.layer, operands, place, (kept.z1, None), done, True, kept)
         ctx.graph = ctx.operands = None
         dx, sums = form.backward(
             ctx.layer, operands, place, kept, attended, (dz, ddelta), ctx.needs_input_grad[5] or ctx.needs_input_grad[6]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packtrain.kernels.random import _bits, _mix64, _number, dropout, token_keys
+from packtrain.kernels.random import _bits, _mix64, dropout, number, token_keys
 
 
 def keys_of(rows: int, length: int, seed: int = 0, step: int = 0) -> Tensor:
@@ -143,7 +143,7 @@ def test_mixing_is_murmur3_and_splitmix64() -> None:
     assert [x % 2**64 for x in _mix64(numbers).tolist()] == [splitmix(x % 2**64) for x in numbers.tolist()]
     found = _bits(numbers, "name", 7)
     for token, key in enumerate(numbers.tolist()):
-        word = splitmix((key ^ _number("name")) % 2**64)
+        word = splitmix((key ^ number("name")) % 2**64)
         for column in range(7):
             h = (word % 2**32) ^ (column // 2 * 0x9E3779B1 % 2**32)
             h = ((h ^ (h >> 16)) * 0x85EBCA6B + (word >> 32)) % 2**32

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from packtrain.batch import Batch
 from packtrain.data.collate import make_batch
@@ -99,14 +100,55 @@ def farthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(
     "settings",
-    [adapters(), adapters(QV, r=5), adapters(("gate_proj", "down_proj"), r=8), adapters(("o_proj",), use_rslora=True)],
-    ids=["all", "q and v", "gate and down", "o, rsLoRA"],
+    [
+        adapters(),
+        adapters(QV, r=5),
+        adapters(("gate_proj", "down_proj"), r=8),
+        adapters(("o_proj",), use_rslora=True),
+        adapters(lora_dropout=0.3),
+        adapters(QV, r=5, lora_dropout=0.05),
+        adapters(QV, modules_to_save=("model.norm",)),
+    ],
+    ids=["all", "q and v", "gate and down", "o, rsLoRA", "all, dropout", "q and v, dropout", "last norm"],
 )
 def test_equals_the_plain_form(settings: LoraSettings, recompute: fast.Recompute) -> None:
     ours = run(made(FP32, recompute, settings), batch())
     plain = run(made(None, settings=settings), batch())
     torch.testing.assert_close(ours[0], plain[0], rtol=1e-6, atol=0)
     assert farthest(ours[1], plain[1]) < 1e-5
+
+
+def whole(form: Form | None, recompute: fast.Recompute = "none", frozen: int = 0, **shape: Any) -> LlamaForCausalLM:
+    """Without adapters: all learns but the first `frozen` layers."""
+    config = LlamaConfig.from_dict(SHAPE | shape)
+    model = LlamaForCausalLM(config, dtype=torch.float32, device=torch.device("meta"))
+    for layer in blocks(model)[:frozen]:
+        layer.requires_grad_(False)
+    if form is not None:
+        assert fast.obstacle(model, CPU, form) is None
+        fast.install(model, form, recompute)
+        fast.allocate(model, CPU)
+    return filled(model)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_fine_tuning_equals_the_plain_form(tied: bool, frozen: int, recompute: fast.Recompute) -> None:
+    ours = run(whole(FP32, recompute, frozen, tie_word_embeddings=tied), batch())
+    plain = run(whole(None, frozen=frozen, tie_word_embeddings=tied), batch())
+    torch.testing.assert_close(ours[0], plain[0], rtol=1e-6, atol=0)
+    assert len(plain[1]) == 6 * (3 - frozen) + (2 if tied else 3)
+    assert farthest(ours[1], plain[1]) < 1e-5
+
+
+def test_a_dropout_is_off_in_evaluation() -> None:
+    settings = adapters(lora_dropout=0.5)
+    ours, plain = made(FP32, settings=settings), made(None, settings=settings)
+    with torch.no_grad():
+        trained, evaluated = ours(batch()), ours.eval()(batch())
+        torch.testing.assert_close(evaluated, plain.eval()(batch()), rtol=1e-6, atol=0)
+    assert (trained - evaluated).abs() > 1e-4 * evaluated
 
 
 def test_the_comparison_can_fail() -> None:
@@ -151,6 +193,39 @@ def test_an_adapters_columns_disturb_no_other() -> None:
     assert farthest(run(ours, batch())[1], run(plain, batch())[1]) < 1e-4
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        (Form(torch.bfloat16, float8=False), adapters(lora_dropout=0.1)),
+        (Form(torch.bfloat16, float8=True), adapters()),
+        (Form(torch.bfloat16, float8=True), adapters(QV, r=5, lora_dropout=0.1)),
+        (FP32, None),
+    ],
+    ids=["bf16, dropout", "float8", "float8, dropout", "full"],
+)
+def test_runs_on_fake_tensors(form: Form, settings: LoraSettings | None, recompute: fast.Recompute) -> None:
+    real = batch()
+    with FakeTensorMode() as mode:
+        model = LlamaForCausalLM(LlamaConfig.from_dict(SHAPE), dtype=form.dtype, device=CPU)
+        if settings is not None:
+            lora.install(model, settings)
+        fast.install(model, form, recompute)
+        fast.allocate(model, CPU)
+        values = {name: getattr(real, name) for name in real.__dataclass_fields__}
+        fake = {name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in values.items()}
+        loss = model.train()(type(real)(**fake))
+        loss.backward()
+    assert isinstance(loss, FakeTensor)
+    assert (loss.shape, loss.dtype) == ((), torch.float32)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(learning) in (12, 21, 42)
+    for parameter in learning:
+        gradient = parameter.grad
+        assert isinstance(gradient, FakeTensor)
+        assert (gradient.shape, gradient.dtype) == (parameter.shape, parameter.dtype)
+
+
 class _Straight(torch.autograd.Function):
     """Rows rounded to float8 on the way there."""
 
@@ -191,7 +266,11 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return
 
 
-@pytest.mark.parametrize("settings", [adapters(), adapters(QV, r=5)], ids=["all", "q and v"])
+@pytest.mark.parametrize(
+    "settings",
+    [adapters(), adapters(QV, r=5), adapters(QV, r=5, lora_dropout=0.3)],
+    ids=["all", "q and v", "q and v, dropout"],
+)
 def test_float8_equals_a_twin_that_rounds_where_it_does(settings: LoraSettings, rounding: None) -> None:
     model = made(FLOAT8, settings=settings)
     ours, modules = run(model, batch()), dict(model.named_modules())
@@ -230,14 +309,17 @@ def test_a_float8_base_takes_a_byte_a_weight_and_is_near_the_values() -> None:
 @pytest.mark.parametrize(
     ("settings", "shape", "words"),
     [
-        (adapters(lora_dropout=0.1), {}, "dropout"),
         (adapters(QV, modules_to_save=("o_proj",)), {}, "whole layers"),
         (adapters(QV, modules_to_save=("input_layernorm",)), {}, "weights of the base"),
-        (adapters(QV, modules_to_save=("model.norm",)), {}, "last norm"),
         (adapters(), {"mlp_bias": True}, "bias"),
         (adapters(), {"intermediate_size": 90}, "multiple of 16"),
     ],
-    ids=["dropout", "saved part", "norm", "last norm", "bias", "odd size"],
+    ids=["saved part", "norm", "bias", "odd size"],
 )
 def test_what_does_not_fit_is_said(settings: LoraSettings, shape: dict[str, Any], words: str) -> None:
     assert words in str(fast.obstacle(bare(settings, **shape), CPU, FP32))
+
+
+def test_a_float8_base_does_not_learn() -> None:
+    model = LlamaForCausalLM(LlamaConfig.from_dict(SHAPE), dtype=torch.float32, device=torch.device("meta"))
+    assert fast.obstacle(model, CPU, FLOAT8) == "weights of the base are trained"

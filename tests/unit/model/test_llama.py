@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from packtrain.model import llama
 from packtrain.model.linear import layout, linear_parts
 from packtrain.model.llama import LlamaForCausalLM, blocks, draw
 
@@ -36,18 +37,26 @@ def with_lora(tools: Any, p: float, names: tuple[str, ...] = ("q_proj", "v_proj"
     return model
 
 
+@pytest.mark.parametrize("keeps_attention", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-def test_recompute_changes_no_bit(tools: Any, batch: Any, lora: bool) -> None:
+def test_recompute_changes_no_bit(
+    tools: Any, batch: Any, lora: bool, keeps_attention: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attended: list[int] = []
+    kernel = llama.attention
+    monkeypatch.setattr(llama, "attention", lambda *inputs: attended.append(1) or kernel(*inputs))
     found = []
     for recompute in (False, True):
         model = with_lora(tools, p=0.3) if lora else tools.ours()
         for block in blocks(model):
-            block.recompute = recompute
+            block.recompute, block.keeps_attention = recompute, keeps_attention
         calls = []
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))  # noqa: B023
+        attended.clear()
         loss = model(batch)
         loss.backward()
         assert len(calls) == 1 + recompute
+        assert len(attended) == len(blocks(model)) * (1 + (recompute and not keeps_attention))
         trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         assert all(gradient is not None for gradient in trained.values())
         found.append((loss, trained))
@@ -148,15 +157,15 @@ def one_rank() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_sharded_by_blocks_and_root(tools: Any, batch: Any, one_rank: Any, tied: bool, recompute: bool) -> None:
+def test_sharded_by_blocks_and_root(tools: Any, batch: Any, one_rank: Any, tied: bool, recompute: str) -> None:
     config = tools.ours({"tie_word_embeddings": tied, "attention_bias": True}).config
     plain = LlamaForCausalLM(config, dtype=torch.float32, device=CPU)
     draw(plain, 3)
     sharded = LlamaForCausalLM(config, dtype=torch.float32, device=META)
     for block in blocks(sharded):
-        block.recompute = recompute
+        block.recompute, block.keeps_attention = recompute != "none", recompute == "selective"
         fully_shard(block, mesh=one_rank)
     fully_shard(sharded, mesh=one_rank)
     sharded.to_empty(device=CPU)
