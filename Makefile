@@ -1,9 +1,11 @@
 # make setup       .venv with everything for development
 # make demo        a real Llama learns to correct English on this machine
 # make test        the whole test suite that CI runs
+# make faults      the reliability scorecard (docs/reliability.md): 30 faults, ten figures, minutes; WRITE=--write puts it there
 # make test-slow   what takes longer (real weights against PEFT); its last output is in docs/
-# make test-gpu    the GPU tests, with whatever PYTHON has (PYTHON=python3); they skip without a CUDA device
-# make bench       packtrain and its installed peers in turn on this machine's GPU, one table (PYTHON=python3)
+# make test-gpu    the GPU tests, with whatever PYTHON has (PYTHON=python3); they skip without a CUDA device. Other
+#                  tests' files are not read: they import what may not be there
+# make bench       packtrain and its installed peers in turn on this machine's GPU, one table (PYTHON=python3); on a CPU: python -m bench.cpu
 # make lint        ruff and strict types
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +15,7 @@ STAMP := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-slow test-gpu bench lint clean
+.PHONY: setup demo test faults test-slow test-gpu bench lint clean
 
 setup: $(STAMP)
 
@@ -34,11 +36,14 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests
 
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py $(WRITE)
+
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests
 
 test-gpu:
-	PYTHONPATH=src:tests $(PYTHON) -m pytest -m gpu tests
+	PYTHONPATH=src:tests $(PYTHON) -m pytest -m gpu $$(grep -rl --include='test_*.py' 'mark\.gpu' tests)
 
 bench:
 	PYTHONPATH=src:. $(PYTHON) -m bench

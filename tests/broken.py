@@ -10,8 +10,10 @@ of further words, or None. Its words are what a reader needs: what, where, found
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -25,7 +27,6 @@ from safetensors.torch import load_file, save_file
 import tiny
 from packtrain import preflight
 from packtrain.configs.parse import parse
-from packtrain.configs.support import LATER
 
 Change = dict[str, Any] | list[str] | None
 
@@ -247,12 +248,6 @@ def adapter_without_use_peft(home: Home) -> Change:
 @case("--num_virtual_tokens: belongs to prefix_config (--use_peft --peft_method prefix)")
 def flag_of_another_method(home: Home) -> Change:
     return {"num_virtual_tokens": 5}
-
-
-@case("comes with a later version (found", "leave it out until then")
-def later_setting(home: Home) -> Change:
-    row = next(row for row in LATER if row.values)  # the case goes when the last of them lands
-    return {row.fields[0].replace(".", "__"): row.values[0]}
 
 
 @case("--freeze_LLM_only: is for vision models", "leave it out")
@@ -714,6 +709,20 @@ def tensor_of_integers(home: Home) -> Change:
 def config_of_another_size(home: Home) -> Change:
     home.config(intermediate_size=128)
     return None
+
+
+@case("model.safetensors: its bytes are not those that the hub has (SHA-256 ", "and download it again")
+def hubs_weights_flipped(home: Home) -> Change:
+    snapshot, blobs = (home.folder / "models--a--b" / name for name in ("snapshots/0123", "blobs"))
+    shutil.copytree(home.model, snapshot)
+    blobs.mkdir()
+    data = bytearray((snapshot / "model.safetensors").read_bytes())
+    blob = blobs / hashlib.sha256(data).hexdigest()
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(blob)
+    return {"model_name": snapshot}
 
 
 @case("model.safetensors: ", "bytes on disk, its header says", "copy or download it again")

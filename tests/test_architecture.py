@@ -42,6 +42,7 @@ ROOMS = (
     "checkpoint",
     "train",
     "precision",
+    "recompute",
     "building",
     "finetuning",
     "adapters",

@@ -35,6 +35,7 @@ YAML = [
 """Files of settings; kubernetes has YAML of its own."""
 BIG = "meta-llama/Llama-3.2-1B"
 SMALL = ["--max_train_step", "2", "--max_eval_step", "1"]
+SHORT = {"train": SMALL, "verify": ["--verify_steps", "1"]}
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -93,7 +94,7 @@ def run(words: list[str]) -> int:
 def sizes(words: list[str]) -> list[str]:
     """Further flags that make a run short, and give a YAML file's run the tiny model."""
     from_file = any(word.endswith(".yaml") for word in words)
-    return (["--model_name", "tiny"] if from_file else []) + (SMALL if words[0] == "train" else [])
+    return (["--model_name", "tiny"] if from_file else []) + SHORT.get(words[0], [])
 
 
 def free_port() -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +20,29 @@ from packtrain.checkpoint.dcp import saving_group
 from packtrain.checkpoint.dcp_folder import newest
 from packtrain.checkpoint.dcp_run import Checkpoints, Resumed
 from packtrain.checkpoint.hf import config_of, copy_side_files, expected_shapes, mirror, save_model
+from packtrain.checkpoint.owner import Owner
 from packtrain.checkpoint.places import checkpoint_root, output_root
-from packtrain.checkpoint.store import Claim, claim, read_json
+from packtrain.checkpoint.store import Claim, begun, claim, read_json
 from packtrain.configs.run import RunConfig
 from packtrain.data.loader import Loader
+from packtrain.distributed import parent
 from packtrain.distributed.place import Place
-from packtrain.errors import Stopped
+from packtrain.errors import Stopped, UserError
 from packtrain.model.llama import LlamaForCausalLM
 from packtrain.optim import Optimizer
 from packtrain.peft.trainable import count_line, trainable
 from packtrain.precision import precision_line, weight_dtype
-from packtrain.train.interrupt import Interrupt
+from packtrain.train.health import Policy
+from packtrain.train.interrupt import Interrupt, StoppedEarly
+from packtrain.train.invariants import FirstSteps, same_start
 from packtrain.train.listeners import listeners_of, recipes_file
-from packtrain.train.loop import Loop, Plan, Sinks
+from packtrain.train.loop import Loop
 from packtrain.train.measure import watch_of
 from packtrain.train.metrics import MetricsFile, cut
+from packtrain.train.plan import Plan, Sinks
+from packtrain.train.recipes_metrics import JOURNAL
 from packtrain.train.record import Record
+from packtrain.train.shortage import Shortage
 from packtrain.train.words import batch_line, sharding_line
 
 
@@ -42,16 +51,25 @@ def run(cfg: RunConfig, place: Place, inputs: Inputs, interrupt: Interrupt) -> d
 
     Raises Stopped when a signal ended the run after saving, UserError when the folder is not this run's to use.
     """
+    with Owner(output_root(cfg)) as owner:
+        return _run(cfg, place, inputs, interrupt, owner)
+
+
+def _run(cfg: RunConfig, place: Place, inputs: Inputs, interrupt: Interrupt, owner: Owner) -> dict[str, Any]:
     root = output_root(cfg)
-    claimed, folder = place.agree("claim", lambda: _claim(cfg, place, inputs))
+    claimed, folder = place.agree("claim", lambda: _claim(cfg, place, inputs, owner))
     if claimed == Claim.FINISHED.value:
         log.say(f"{root} holds this very run, finished; nothing to do (--overwrite_output_dir trains again)")
         return read_json(root / "run" / "result.json") or {}
     resumed = None if folder is None else Resumed.read(Path(folder))
-    record = Record(cfg, root, leads=place.rank == 0, fingerprint=inputs.fingerprint, skipped=inputs.skipped)
+    if resumed is not None and not resumed.state["optimizer"]:
+        _nothing_to_come(cfg, place, inputs, resumed)
+    tries = {"launch": parent.launch_id(), "restarts": parent.attempt()}
+    record = Record(cfg, root, leads=place.rank == 0, fingerprint=inputs.fingerprint, skipped=inputs.skipped, **tries)
+    interrupt.last_word = partial(record.finish, "failed")
     try:
         results = _train(cfg, place, inputs, interrupt, record, resumed)
-    except (Stopped, SystemExit) as end:
+    except (Stopped, StoppedEarly) as end:
         record.finish("stopped", str(end) if isinstance(end, Stopped) else "stopped by a signal before the first step")
         raise
     except BaseException as error:
@@ -60,15 +78,17 @@ def run(cfg: RunConfig, place: Place, inputs: Inputs, interrupt: Interrupt) -> d
     return record.finish("done", None, **results)
 
 
-def _claim(cfg: RunConfig, place: Place, inputs: Inputs) -> tuple[str, str | None]:
+def _claim(cfg: RunConfig, place: Place, inputs: Inputs, owner: Owner) -> tuple[str, str | None]:
     """(what the folder means for this run, the checkpoint to go on from)."""
     train, steps = cfg.train_config, checkpoint_root(cfg)
+    owner.take()
     claimed = claim(
         output_root(cfg),
         inputs.fingerprint,
-        overwrite=train.overwrite_output_dir,
+        overwrite=train.overwrite_output_dir and not begun(output_root(cfg), parent.launch_id()),
         checkpoints=steps,
         step_items=train.batch_size_training * train.gradient_accumulation_steps * place.world_size,
+        allow_change=train.allow_change,
     )
     return claimed.value, str(newest(steps)) if claimed is Claim.RESUME else None
 
@@ -86,41 +106,42 @@ def _train(
     dtypes = {parameter.dtype for parameter in trainable(model).values()}
     log.say(precision_line(cfg, weight_dtype(cfg, place.device), dtypes))
     optimizer, lr = optimizer_of(cfg, model, training.steps_per_epoch, steps)
-    checkpoints = _checkpoints(cfg, inputs, place, model, optimizer, training)
-    metrics_file = recipes_file(cfg, place, record.root)
-    listeners = listeners_of(cfg, record.run, metrics_file) if place.rank == 0 else []
+    changed = resumed.changed(inputs.fingerprint) if resumed else []
+    checkpoints = _checkpoints(cfg, inputs, place, model, optimizer, training, record, changed)
+    metrics_file = recipes_file(cfg, place, record.root, record.run)
     if resumed is not None:
         checkpoints.restore(resumed)
+        for change in changed:
+            log.say("after step {after_step} {name} was changed from {was} to {now}".format(**change))
         record.note(resumed_from=str(resumed.folder), last_checkpoint=str(resumed.folder), step=resumed.step)
+        record.note(changed=changed)
         if place.rank == 0:
-            cut(record.run / "metrics.jsonl", resumed.step, evaluated=not resumed.state["owed"])
+            for name in ("metrics.jsonl", *([JOURNAL] if metrics_file is not None else [])):
+                cut(record.run / name, resumed.step, evaluated=not resumed.state["owed"])
+    listeners = listeners_of(cfg, record.run, metrics_file) if place.rank == 0 else []
     metrics = MetricsFile(record.run / "metrics.jsonl" if place.rank == 0 else None, listeners)
     saver = Saver(cfg, model, inputs, record.root, place)
-    plan = Plan(
-        total_steps=steps,
-        eval_steps=train.eval_steps,
-        eval_first=train.eval_first,
-        max_eval_batches=train.max_eval_step,
-        clip=train.gradient_clipping_threshold if train.gradient_clipping else None,
-        prefetch=1 if train.num_workers_dataloader else 0,
-        lr=lr,
-        save_steps=train.save_steps,
-    )
-
-    def checkpoint(state: dict[str, Any], goes_on: bool) -> float:
-        began = time.monotonic()
-        record.note(last_checkpoint=str(checkpoints.save(state, optimizer=goes_on or train.save_optimizer)))
-        return time.monotonic() - began
-
     sinks = Sinks(
         metrics=metrics,
         save=saver.save if train.save_model else None,
         note=record.note,
-        checkpoint=checkpoint if train.save_model or train.save_steps else None,
+        suspects=record.run / "suspects.jsonl" if place.rank == 0 else None,
+        shortage=Shortage(cfg, model, optimizer, place).fault,
+        checkpoints=checkpoints if train.save_model or train.save_steps or train.save_minutes else None,
     )
     watch = watch_of(cfg, model, place, record.run, steps)
+    same_start(place, inputs.fingerprint, training, model)
     loop = Loop(
-        model, optimizer, training, validation, place=place, plan=plan, sinks=sinks, interrupt=interrupt, watch=watch
+        model,
+        optimizer,
+        training,
+        validation,
+        place=place,
+        plan=_plan(cfg, steps, lr),
+        sinks=sinks,
+        interrupt=interrupt,
+        watch=watch,
+        first_steps=FirstSteps(model, optimizer, place),
     )
     if resumed is not None:
         loop.restore(resumed.state)
@@ -131,13 +152,47 @@ def _train(
         results = _results(cfg, loop, record.root) | watch.finish()
         if metrics_file is not None:
             results["metrics_filename"] = str(metrics_file)
+    except Exception as error:
+        if not isinstance(error, Stopped):
+            place.report(error)  # before a checkpoint is waited for
+        raise
     finally:
+        checkpoints.close()
         metrics.close(results)
     return results
 
 
+def _plan(cfg: RunConfig, steps: int, lr: Callable[[int], float]) -> Plan:
+    train = cfg.train_config
+    return Plan(
+        total_steps=steps,
+        eval_steps=train.eval_steps,
+        eval_first=train.eval_first,
+        max_eval_batches=train.max_eval_step,
+        clip=train.gradient_clipping_threshold if train.gradient_clipping else None,
+        prefetch=1 if train.num_workers_dataloader else 0,
+        lr=lr,
+        save_steps=train.save_steps,
+        save_seconds=60 * train.save_minutes,
+        policy=Policy(
+            on_nonfinite=train.on_nonfinite,
+            on_spike=train.on_spike,
+            most_skips=train.max_skipped_steps,
+            rollback_steps=train.rollback_steps,
+        ),
+        splits=train.on_oom == "split",
+    )
+
+
 def _checkpoints(
-    cfg: RunConfig, inputs: Inputs, place: Place, model: LlamaForCausalLM, optimizer: Optimizer, training: Loader
+    cfg: RunConfig,
+    inputs: Inputs,
+    place: Place,
+    model: LlamaForCausalLM,
+    optimizer: Optimizer,
+    training: Loader,
+    record: Record,
+    changed: list[dict[str, Any]],
 ) -> Checkpoints:
     train, adapter = cfg.train_config, inputs.adapter
     if adapter is not None:
@@ -159,9 +214,23 @@ def _checkpoints(
             "model_name": train.model_name,
             "tokenizer_name": train.tokenizer_name or train.model_name,
             "fingerprint": inputs.fingerprint,
+            "changed": changed,
         },
         kind=cfg.fsdp_config.checkpoint_type,
+        keep=train.keep_checkpoints,
+        keep_optimizer=train.save_optimizer,
+        note=record.note,
     )
+
+
+def _nothing_to_come(cfg: RunConfig, place: Place, inputs: Inputs, resumed: Resumed) -> None:
+    """Raise UserError if steps are to follow on a checkpoint that has no optimizer's state."""
+    training, _ = loaders(cfg, inputs, place, resumed.step_items)
+    if resumed.step < (steps := total_steps(cfg, training.steps_per_epoch)):
+        raise UserError(
+            f"{resumed.folder}: is the end of a run of {resumed.step} steps and was saved without the optimizer's "
+            f"state, so that it cannot go on to step {steps}; --save_optimizer keeps that, from a run's start"
+        )
 
 
 def _results(cfg: RunConfig, loop: Loop, root: Path) -> dict[str, Any]:
@@ -198,12 +267,15 @@ class Saver:
             self._write_side_files(best)
             self._place.tell(f"saved/{self._saves}", True)
         self._place.wait_for(f"saved/{self._saves}")
+        if adapter is not None:
+            adapter_files.compare(self._model, self._root)
         return time.monotonic() - began
 
     def _write_side_files(self, best: bool) -> None:
         inputs = self._inputs
         if inputs.weights is not None and inputs.adapter is None:
-            copy_side_files(inputs.weights.path, self._root)
+            # a tokenizer that is saved by itself may be another, with other files
+            copy_side_files(inputs.weights.path, self._root, tokenizer=inputs.tokenizer is None)
         if inputs.tokenizer is not None:
             inputs.tokenizer.save_pretrained(self._root)
         if best:

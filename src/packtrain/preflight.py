@@ -31,7 +31,7 @@ from packtrain.data.audit import Audit
 from packtrain.data.collate import collated
 from packtrain.data.sources import Split
 from packtrain.data.tokens import Tokens, check_rows, tokenize
-from packtrain.distributed import parallelize
+from packtrain.distributed import parallelize, parent
 from packtrain.distributed.place import Place
 from packtrain.errors import UserError, raise_if
 from packtrain.kernels import attention_choice
@@ -202,6 +202,7 @@ def _model_problems(cfg: RunConfig, model: _Model) -> list[str]:
     found: list[str] = []
     if model.weights is not None:
         found += model.weights.problems(_expected(skeleton, model))
+        found += [] if found or parent.attempt() else model.weights.damaged()  # a later try need not ask again
     if model.adapter is not None:
         found += adapters.problems(cfg, skeleton, model.adapter, model.adapter_folder)
     layers, frozen = model.config.num_hidden_layers, cfg.train_config.num_freeze_layers
@@ -290,9 +291,20 @@ NOT_SETTINGS = {
     "dist_checkpoint_root_folder",
     "dist_checkpoint_folder",
     "grace_seconds",
+    "max_restarts",
+    "hang_timeout",
     "save_steps",
+    "save_minutes",
+    "keep_checkpoints",
+    "allow_change",
     "save_optimizer",
     "checkpoint_type",
+    "on_nonfinite",
+    "on_spike",
+    "max_skipped_steps",
+    "rollback_steps",
+    "on_oom",
+    "verify_steps",
     "save_metrics",
     "use_wandb",
     "flop_counter",

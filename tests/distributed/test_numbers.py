@@ -54,11 +54,12 @@ SIZES = {
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "full, tied": {"tied": True},
-    "lora": {"tied": True, "lora": {"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}},
+    "lora": {"tied": True, "lora": {"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"], "bias": "all"}},
     "lora beside whole layers": {
         "lora": {
             "target_modules": ["q_proj", "gate_proj", "lm_head"],
             "modules_to_save": ["v_proj", "embed_tokens", "model.norm"],
+            "bias": "lora_only",
         }
     },
 }
@@ -194,7 +195,7 @@ def first_step(cfg: Any, inputs: Inputs, place: Place, model: Any, truth: Truth)
     loader, _ = building.loaders(cfg, inputs, place)
     optimizer, _ = building.optimizer_of(cfg, model, loader.steps_per_epoch, 1)
     errors = []
-    optimizer.step = lambda found_inf: errors.append(worst(model, optimizer.gradients(), truth))  # type: ignore[method-assign]
+    optimizer.step = lambda found_inf, **_: errors.append(worst(model, optimizer.gradients(), truth))  # type: ignore[method-assign]
     batches = loader.step(0)
     agreed = step_vector(batches, False, place.device)
     report = train_step(model, batches, agreed, optimizer, place, clip=None, memory=lambda: 0.0)

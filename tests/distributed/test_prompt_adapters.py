@@ -147,7 +147,7 @@ def first_step(cfg: Any, inputs: Any, place: Place, model: Any, truth: Truth) ->
     loader, _ = building.loaders(cfg, inputs, place)
     optimizer, _ = building.optimizer_of(cfg, model, loader.steps_per_epoch, 1)
     errors = []
-    optimizer.step = lambda found_inf: errors.append(worst(model, optimizer.gradients(), truth))  # type: ignore[method-assign]
+    optimizer.step = lambda found_inf, **_: errors.append(worst(model, optimizer.gradients(), truth))  # type: ignore[method-assign]
     batches = loader.step(0)
     agreed = step_vector(batches, False, place.device)
     report = train_step(model, batches, agreed, optimizer, place, clip=None, memory=lambda: 0.0)

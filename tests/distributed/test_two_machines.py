@@ -1,6 +1,7 @@
 """Two machines: two agents of torchrun that meet at an address, and what examples/ has for Slurm and Kubernetes.
 
-Slurm itself is not here: srun and scontrol are stand-ins that do what its manual says of them, one machine a job.
+Slurm itself is in tests/slow/test_slurm.py; here srun and scontrol are stand-ins that do what its manual says of them,
+one machine a job.
 """
 
 from __future__ import annotations

@@ -30,7 +30,11 @@ def _train(*names: str) -> tuple[str, ...]:
 
 RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("a number above 0", lambda value: value > 0, _train("lr", "gamma", "gradient_clipping_threshold")),
-    ("0 or a number above it", lambda value: value >= 0, _train("weight_decay", "grace_seconds")),
+    (
+        "0 or a number above it",
+        lambda value: value >= 0,
+        _train("weight_decay", "grace_seconds", "save_minutes", "hang_timeout"),
+    ),
     ("0 or more, and less than 1", lambda value: 0 <= value < 1, ("lora_config.lora_dropout",)),
     (
         "2 or more",
@@ -42,7 +46,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         lambda value: value >= 1,
         (
             *_train("batch_size_training", "val_batch_size", "gradient_accumulation_steps", "num_epochs"),
-            *_train("num_freeze_layers"),
+            *_train("num_freeze_layers", "rollback_steps", "verify_steps"),
             "lora_config.r",
             "lora_config.lora_alpha",
             "llama_adapter_config.adapter_len",
@@ -58,7 +62,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *_train(
                 "max_train_step", "max_eval_step", "warmup_steps", "eval_steps", "save_steps", "flop_counter_start"
             ),
-            *_train("num_workers_dataloader", "nproc_per_node", "seed"),
+            *_train("keep_checkpoints", "num_workers_dataloader", "nproc_per_node", "max_restarts", "seed"),
+            *_train("max_skipped_steps"),
             "fsdp_config.sharding_group_size",
             "fsdp_config.replica_group_size",
             "synthetic_dataset.vocab_size",

@@ -34,7 +34,7 @@ from packtrain.configs.logging import WandbConfig
 from packtrain.configs.peft import LlamaAdapterConfig, LoraConfig, PrefixConfig
 from packtrain.configs.quantization import QuantizationConfig
 from packtrain.configs.training import DatasetName, TrainConfig
-from packtrain.configs.values import choices, kind_name
+from packtrain.configs.values import kind_name
 
 DatasetConfig = (
     SamsumDataset | GrammarDataset | AlpacaDataset | CustomDataset | LlamaguardToxicchatDataset | SyntheticDataset
@@ -141,7 +141,7 @@ SWITCHES: dict[str, dict[str, tuple[Any, ...]]] = {
     "lora_config": {"use_peft": (True,), "peft_method": ("lora",)},
     "llama_adapter_config": {"use_peft": (True,), "peft_method": ("llama_adapter",)},
     "prefix_config": {"use_peft": (True,), "peft_method": ("prefix",)},
-    "quantization_config": {"quantization": choices(FIELDS["train_config.quantization"].kind)},
+    "quantization_config": {"quantization": ("4bit", "8bit")},
     "wandb_config": {"use_wandb": (True,)},
     **{name: {"dataset": (name,)} for name in get_args(DatasetName)},
 }

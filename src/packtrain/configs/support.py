@@ -28,12 +28,7 @@ class Later(NamedTuple):
     """Those that ask for it; () means all but the default."""
 
 
-LATER = (
-    Later("training biases", ("lora_config.bias",)),
-    Later("a base in 4 or 8 bits by bitsandbytes", ("train_config.quantization",), ("4bit", "8bit")),
-    Later("forcing bit-exact kernels", ("train_config.deterministic",)),
-    Later("a set time for the last checkpoint", ("train_config.grace_seconds",)),
-)
+LATER = (Later("forcing bit-exact kernels", ("train_config.deterministic",)),)
 
 _ONE_TASK = "packtrain trains text generation, and says so in what it saves"
 RESTATES = {
@@ -83,7 +78,17 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...] = (
         lambda cfg: not cfg.train_config.use_peft,
         "with --use_peft: under an adapter every layer stays as it is",
     ),
+    (
+        ("train_config.rollback_steps",),
+        lambda cfg: "rollback" in (cfg.train_config.on_nonfinite, cfg.train_config.on_spike),
+        "without --on_nonfinite rollback or --on_spike rollback",
+    ),
     (("train_config.num_freeze_layers",), lambda cfg: cfg.train_config.freeze_layers, "without --freeze_layers"),
+    (
+        ("quantization_config.quant_type", "quantization_config.use_double_quant"),
+        lambda cfg: cfg.train_config.quantization != "8bit",
+        "with --quantization 8bit: its numbers are int8, with a scale for each row",
+    ),
 )
 """Settings that count under a condition only: (fields, the condition, what to say where it does not hold)."""
 

@@ -140,7 +140,25 @@ class TrainConfig:
     """Use the fastest attention for the hardware, which attention auto does anyway."""
 
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """What the backward computes again to save memory: nothing, all but attention, whole layers, or as memory needs."""
+    """What the backward computes again to save memory: nothing, all but attention, whole layers; auto: as it must."""
+
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient that is no number: end, go on without that update, or go back and on without its rows."""
+
+    on_spike: Literal["ignore", "warn", "stop", "skip", "rollback"] = "warn"
+    """The same for a loss or gradient norm far above those of the last steps; warn only says so."""
+
+    max_skipped_steps: int = 20
+    """Steps that skip and rollback may treat in a run; one more, or a sixth in a row, ends it."""
+
+    rollback_steps: int = 50
+    """With rollback, keep a good state in host memory every so many steps."""
+
+    on_oom: Literal["stop", "split"] = "stop"
+    """Out of memory: end and say what would fit, or split micro-batches and take the step again (not if sharded)."""
+
+    verify_steps: int = 2
+    """Steps that `packtrain verify` takes before it stops a run, and after it goes on."""
 
     deterministic: bool = False
     """Only kernels that give the same bits every time."""
@@ -157,6 +175,15 @@ class TrainConfig:
     save_steps: int = 0
     """Save a checkpoint, which the run can go on from, every so many optimizer steps; 0 means at every evaluation."""
 
+    save_minutes: float = 0.0
+    """Save one every so many minutes too; with save_steps or save_minutes an evaluation alone saves none."""
+
+    keep_checkpoints: int = 1
+    """How many of the newest checkpoints stay, besides that of the best evaluation; 0 means all."""
+
+    allow_change: tuple[str, ...] = ()
+    """Go on with a run although these settings, or its train_data, validation_data or weights, are others now."""
+
     save_optimizer: bool = False
     """Keep the optimizer's state in the last checkpoint too; those before it always have it, to go on from."""
 
@@ -167,7 +194,13 @@ class TrainConfig:
     """And this is FOLDER."""
 
     grace_seconds: float = 30.0
-    """How long a signal leaves to write a checkpoint."""
+    """How long a signal leaves to write a checkpoint; then, or at a second signal, what has not ended is killed."""
+
+    max_restarts: int = 0
+    """How often workers that die or hang are replaced, the run going on from its newest checkpoint."""
+
+    hang_timeout: float = 600.0
+    """Seconds for which a worker may stand still before that counts as a failure; 0 means for ever."""
 
     use_wandb: bool = False
     """Send metrics to Weights & Biases."""

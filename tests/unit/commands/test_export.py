@@ -48,7 +48,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     root = tmp_path_factory.mktemp("bases")
     sizes: dict[bool, Any] = {
         False: {"shard_size": "100KB", "attention_bias": True},
-        True: {"tie_word_embeddings": True},
+        True: {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     }
     return {tied: tiny.model(root / f"tied-{tied}", **more) for tied, more in sizes.items()}
 
@@ -60,6 +60,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "beside whole layers": {"modules_to_save": ["k_proj", "model.norm"]},
     "the tables": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "the head": {"target_modules": ["q_proj", "lm_head"]},
+    "biases": {"bias": "all"},
 }
 
 
@@ -69,6 +70,8 @@ def test_merged_logits_are_the_adapted_ones(name: str, tied: bool, bases: dict[b
     adapter = tiny.adapter(tmp_path / "adapter", bases[tied], **ADAPTERS[name])
     if name == "the tables":
         train_the_tables(adapter, tied)
+    if name == "biases":
+        train_the_biases(adapter)
     out = tmp_path / "out"
     assert (
         export("--model_name", bases[tied], "--peft_model", adapter, "--output_dir", out, "--shard_bytes", 10**5) == 0
@@ -91,6 +94,17 @@ def train_the_tables(adapter: Path, tied: bool) -> None:
         noise = torch.randn(64, generator=torch.Generator().manual_seed(0 if tied else i))
         tensors[f"base_model.model.{name}.weight"] = tensors[f"base_model.model.{name}.weight"] + 0.1 * noise
     save_file(tensors, file)
+
+
+def train_the_biases(adapter: Path) -> None:
+    """Other values in a saved adapter's biases, those of layers with a LoRA (base_layer) and the others."""
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    biases = [name for name in tensors if name.endswith(".bias")]
+    assert {"base_layer" in name for name in biases} == {True, False}
+    generator = torch.Generator().manual_seed(0)
+    noise = {name: torch.randn(tensors[name].shape, generator=generator) for name in biases}
+    save_file(tensors | {name: tensors[name] + noise[name] for name in biases}, file)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -13,14 +13,7 @@ from packtrain.errors import UserError
 
 MODEL = ["--model_name", "M"]
 REFUSED = [
-    "--use_peft --bias all",
-    "--use_peft --bias lora_only",
-    "--use_peft --quantization",
-    "--use_peft --quantization 4bit",
-    "--use_peft --quantization int4",
-    "--use_peft --quantization int8",
     "--deterministic",
-    "--grace_seconds 5",
 ]
 
 
@@ -92,6 +85,9 @@ def test_what_happens_anyway_is_accepted(line: str) -> None:
         ("--lora_config.r 4", "--lora_config.r: has no effect without --use_peft --peft_method lora"),
         ("--alpaca_dataset.data_path x", "--alpaca_dataset.data_path: has no effect without --dataset alpaca_dataset"),
         ("--quantization_config.quant_type nf4", "--quantization_config.quant_type: has no effect without --quantiz"),
+        ("--use_peft --quantization fp8 --quantization_config.compute_dtype fp16", "--quantization_config.compute_dty"),
+        ("--use_peft --quantization 8bit --quant_type nf4", "--quant_type: has no effect with --quantization 8bit"),
+        ("--use_peft --quantization 8bit --use_double_quant", "--use_double_quant: has no effect with --quantization"),
         ("--wandb_config.project p", "--wandb_config.project: has no effect without --use_wandb"),
         ("--gradient_clipping_threshold 2", "--gradient_clipping_threshold: has no effect without --gradient_clipping"),
         ("--flop_counter_start 3", "--flop_counter_start: has no effect without --flop_counter"),
@@ -129,6 +125,8 @@ def test_what_has_no_effect_is_said(line: str, said: str) -> None:
         "--freeze_layers --num_freeze_layers 8",
         "--use_fp16 --fsdp_cpu_offload --save_metrics",
         "--use_wandb --wandb_config.project p",
+        "--use_peft --quantization 4bit --quant_type nf4 --use_double_quant --compute_dtype fp16 --quant_storage fp32",
+        "--use_peft --quantization int8 --compute_dtype bf16",
     ],
 )
 def test_what_has_an_effect_is_not_remarked_on(line: str) -> None:
@@ -142,9 +140,9 @@ def test_what_has_an_effect_is_not_remarked_on(line: str) -> None:
         ("train_config.low_cpu_fsdp", "restates"),
         ("train_config.use_fp16", "obeyed"),
         ("train_config.freeze_LLM_only", "refused"),
-        ("lora_config.bias", "later"),
+        ("lora_config.bias", "obeyed"),
         ("prefix_config.num_virtual_tokens", "obeyed"),
-        ("quantization_config.quant_type", "later"),
+        ("quantization_config.quant_type", "obeyed"),
         ("wandb_config.project", "obeyed"),
         ("llamaguard_toxicchat_dataset.test_split", "obeyed"),
         ("lora_config.r", "obeyed"),
