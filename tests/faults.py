@@ -352,7 +352,7 @@ FIGURE_TESTS = (
 
 PARTS: dict[str, str] = {
     "where": r"\.(csv|jsonl?|py|safetensors)|--[a-z_]+|rank \d|/\w+",
-    "which": r":\d+|\brow |column|tensors? |shard|layer|step \d|process \d|model\.",
+    "which": r":\d+|\brow |\bline \d|column|tensors? |shard|layer|step \d|process \d|model\.",
     "what": (
         r"found|expected|bytes|not (valid|UTF-8|finite|moved)|then, .* now|\bhas \d|have \d|ended by|in use by|Errno|"
         r"of \d|outside|matches no|missing|alloc|no label|is empty|Error: |pointer"
@@ -449,6 +449,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the scorecard; 0 if all of it passes."""
     names = [test for fault in FAULTS.values() for test in (*fault.holds, *fault.without)]
     scores, began, load = Scores(), time.monotonic(), os.getloadavg()[0]
+    names.sort(key=lambda name: name.partition("::")[0])  # a file's tests share what they need
     pytest.main(
         ["--rootdir", str(ROOT), "-m", "not gpu", "-q", *dict.fromkeys([*FIGURE_TESTS, *names])], plugins=[scores]
     )

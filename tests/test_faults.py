@@ -51,7 +51,7 @@ def test_breaks_at_its_end(breaks):
 
 def nodes(*files: str) -> set[str]:
     """Node ids that pytest collects."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-o", "addopts=", *files]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", *files]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"COLUMNS": "400"}, capture_output=True, text=True, timeout=120, check=False
     )

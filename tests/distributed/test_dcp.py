@@ -267,7 +267,7 @@ def full_disk(place: Place, root: Path) -> str:
     for kind, failing in zip(KINDS, (1, 0), strict=True):
         with pytest.MonkeyPatch.context() as patch:
             if place.rank == failing:
-                patch.setattr("packtrain.checkpoint.dcp_storage.TensorWriter.add", no_space)
+                patch.setattr("packtrain.checkpoint.dcp_file.TensorWriter.add", no_space)
             with pytest.raises(Fault) as error:
                 dcp.save(root / "disk", 3, rows, nothing, group=group, kind=kind)
         said.append(str(error.value))

@@ -1,6 +1,6 @@
 """Faults of whole runs that the other files do not have, and what the faults do where their guard is off.
 
-The scorecard (tests/faults.py) says which test belongs to which fault.
+The scorecard (tests/faults.py) says which test belongs to which fault, and runs the slow ones too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.distributed import TCPStore
 import tiny
 from packtrain.checkpoint import store
 from packtrain.checkpoint.dcp_folder import complete, verify
+from packtrain.checkpoint.owner import NAME
 from packtrain.distributed import heartbeat, launch, parent, place
 from packtrain.model.llama import LlamaForCausalLM
 from packtrain.train.interrupt import Interrupt
@@ -45,6 +46,7 @@ def kills_rank_1(folder: Path) -> None:
     before_step(action)
 
 
+@pytest.mark.slow
 def test_without_restarts_a_killed_rank_is_the_end(run: Run, tmp_path: Path) -> None:
     one = run(kills_rank_1)
     assert one.end(60) == 1
@@ -52,12 +54,14 @@ def test_without_restarts_a_killed_rank_is_the_end(run: Run, tmp_path: Path) -> 
     assert step_of(tmp_path / "out") == 3
 
 
+@pytest.mark.slow
 def test_without_checkpoints_a_loop_of_kills_gets_nowhere(run: Run, tmp_path: Path) -> None:
     one = run(kills_rank_1, max_restarts=9, save_steps=1000, run_validation=False)
     assert one.end(60) == 1
     assert one.said.splitlines()[-1].startswith("packtrain: not started again: 3 tries in a row ended at ")
 
 
+@pytest.mark.slow
 def test_with_them_it_comes_to_its_end(run: Run, tmp_path: Path, whole: Path) -> None:
     one = run(kills_rank_1, max_restarts=9, save_steps=1)
     assert one.end(90) == 0, one.said
@@ -82,6 +86,7 @@ def speaks_for_itself(folder: Path) -> None:
     raises_on_rank_1(folder)
 
 
+@pytest.mark.slow
 def test_without_first_causes_the_echo_is_printed_too(run: Run) -> None:
     one = run(speaks_for_itself)
     assert one.end(60) == 1
@@ -93,14 +98,19 @@ def test_without_first_causes_the_echo_is_printed_too(run: Run) -> None:
 
 
 def memory_of_rank_1_ends(folder: Path) -> None:
-    """Its address space may not grow from step 3 on, and the forward asks for a GiB."""
+    """From step 3 on its address space may grow by a GiB, room for threads, and the forward asks for sixteen."""
 
     def action(self: Loop, step: int) -> None:
         if step == 3 and self.place.rank == 1:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            resource.setrlimit(resource.RLIMIT_AS, 2 * (pages * resource.getpagesize() + GIB // 16,))
-            forward = LlamaForCausalLM.forward
-            LlamaForCausalLM.forward = lambda *a, **k: (torch.empty(GIB).fill_(1), forward(*a, **k))[1]  # type: ignore[method-assign]
+            limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + GIB
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            whole = LlamaForCausalLM.forward
+
+            def forward(*args: Any, **how: Any) -> Any:
+                torch.empty(4 * GIB, dtype=torch.float32).fill_(1)
+                return whole(*args, **how)
+
+            LlamaForCausalLM.forward = forward  # type: ignore[method-assign]
 
     before_step(action)
 
@@ -126,6 +136,7 @@ def forgets_what_it_was(folder: Path) -> None:
     memory_of_rank_1_ends(folder)
 
 
+@pytest.mark.slow
 def test_without_that_word_it_is_tried_again(run: Run) -> None:
     one = run(forgets_what_it_was, max_restarts=3)
     assert one.end(60) == 1
@@ -144,6 +155,7 @@ def stands_still(folder: Path) -> None:
     before_step(action)
 
 
+@pytest.mark.slow
 def test_without_the_watch_a_hang_is_silent(run: Run, tmp_path: Path) -> None:
     one = run(stands_still, hang_timeout=0)
     until((tmp_path / "hangs").exists, 60, "did not come to it")
@@ -215,6 +227,7 @@ def lies_on_rank_1(folder: Path) -> None:
     before_step(action)
 
 
+@pytest.mark.slow
 def test_ranks_that_disagree_on_what_is_there_wait_for_one_another(run: Run, tmp_path: Path, whole: Path) -> None:
     one = run(lies_on_rank_1, max_restarts=1)
     assert one.end(60) == 0, one.said
@@ -230,6 +243,7 @@ def hears_nothing(folder: Path) -> None:
     before_step(lambda self, step: mark(folder, "there") if step == 7 and self.place.rank == 1 else None)
 
 
+@pytest.mark.slow
 def test_without_handlers_a_signal_costs_the_steps_since_the_last_checkpoint(run: Run, tmp_path: Path) -> None:
     one, out = run(hears_nothing, save_steps=5, run_validation=False), tmp_path / "out"
     until((tmp_path / "there").exists, 60, "never came to it")
@@ -272,19 +286,25 @@ def test_another_runs_folder_is_refused_with_what_differs(
         "data": {"train_split": tmp_path / "other.csv"},
         "rows of a step": {"batch_size_training": 4},
     }
-    before = {path: path.read_bytes() for path in unfinished.rglob("*") if path.is_file()}
+    before = contents(unfinished)
     one = run(**changes[what])
     assert one.end(60) == 2
     told(one.said, f"--output_dir {unfinished}: holds an unfinished run with other settings (", record_property)
     assert says in first_error(one.said)
     assert "pass --overwrite_output_dir to begin again" in first_error(one.said)
-    assert {path: path.read_bytes() for path in unfinished.rglob("*") if path.is_file()} == before
+    assert contents(unfinished) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All files but the lock that a killed run leaves."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != NAME}
 
 
 def refuses_nothing(folder: Path) -> None:
     store._refuse_changes = lambda *_: None
 
 
+@pytest.mark.slow
 def test_without_the_fingerprint_two_runs_would_be_one(run: Run, unfinished: Path, whole: Path) -> None:
     one = run(refuses_nothing, lr=0.5)
     assert one.end(60) == 0, one.said
@@ -303,6 +323,7 @@ def follows_nobody(folder: Path) -> None:
     before_step(lambda self, step: time.sleep(5) if step == 3 else None)
 
 
+@pytest.mark.slow
 def test_without_the_kernels_word_workers_outlive_their_launcher(run: Run, tmp_path: Path) -> None:
     one = run(follows_nobody)
     until((tmp_path / "there").exists, 60, "never came to it")

@@ -14,6 +14,8 @@ import tiny
 from packtrain import building, log, preflight, recompute
 from packtrain.configs.parse import build
 from packtrain.distributed.place import Place, open_place
+from packtrain.kernels.rows import Form
+from packtrain.model.fast_layer import linears
 from packtrain.model.llama import LlamaForCausalLM, blocks
 
 
@@ -50,6 +52,16 @@ def needs(flags: dict[str, Any]) -> dict[str, float]:
         choice: (held.weights + held.training + recompute._needed(model, tokens, choice, None, False)) / recompute.SHARE
         for choice in recompute.CHOICES
     }
+
+
+def test_float8_weights_turned_over_are_kept_by_one_process_only(flags: dict[str, Any]) -> None:
+    with open_place("cpu") as place:
+        inputs = preflight.inputs(build(**flags), place)
+    model = LlamaForCausalLM(inputs.model_config, dtype=torch.float32, device=torch.device("meta"))
+    layers = [sum(linear.weight.numel() for linear in linears(layer)) for layer in blocks(model)]
+    form = Form(torch.float32, float8=True)
+    alone, sharded = (recompute._needed(model, 100, "none", form, False, alone) for alone in (True, False))
+    assert alone - sharded == sum(layers) - 2 * max(layers)
 
 
 def test_what_is_held_is_counted(flags: dict[str, Any]) -> None:

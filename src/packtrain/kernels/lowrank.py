@@ -45,9 +45,10 @@ if RUNS_TRITON:
 
 SKINNY_TOP = 224.0
 FACTOR_MOST = 16.0
-GROWN_MOST = 512.0
 REACH = 2.0
-"""`factor` leaves room for an h of 16 times this, times its usual size: root of its terms times its largest factor."""
+"""`factor` is at most FACTOR_MOST, or for a large h this times root of its terms times the largest number in A."""
+GROWN_MOST = 512.0
+"""A row's scale may grow so much: its e4m3 values, of 28 at first, then have lost 2 % of their norm."""
 
 
 class Span(NamedTuple):
