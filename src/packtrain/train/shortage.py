@@ -72,7 +72,9 @@ class Shortage:
         layer = cast(Any, self._model).model.layers[0]
         if layer.fast is not None:
             return layer.fast.recompute
-        return "full" if layer.recompute else "none"
+        if not layer.recompute:
+            return "none"
+        return "selective" if layer.keeps_attention else "full"
 
     def _ways(self, largest: str, batches: Sequence[Batch]) -> list[str]:
         """Flags that need less, the most to the point first."""
