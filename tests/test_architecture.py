@@ -171,7 +171,7 @@ def waiting() -> set[str]:
         for section, switches in SWITCHES.items()
         for row in support.LATER
         for name in row.fields
-        if set(switches.get(name.split(".")[1], ())) & set(row.values or (True, "4bit"))
+        if name.split(".")[1] in switches
     }
     return names | {dotted for dotted in FIELDS if dotted.split(".")[0] in off}
 

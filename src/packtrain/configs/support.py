@@ -10,10 +10,10 @@ status(dotted) obeyed, restates or later, for tests/golden/flags.txt and --help
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from packtrain.configs.run import FIELDS, SWITCHES, RunConfig, activation
-from packtrain.configs.values import choices, shown
+from packtrain.configs.values import shown
 
 
 class Later(NamedTuple):
@@ -22,10 +22,7 @@ class Later(NamedTuple):
     what: str
 
     fields: tuple[str, ...]
-    """The first is the one that turns it on."""
-
-    values: tuple[str, ...] = ()
-    """Those that ask for it; () means all but the default."""
+    """The first is the one that turns it on; any value but the default asks for it."""
 
 
 LATER = (Later("forcing bit-exact kernels", ("train_config.deterministic",)),)
@@ -96,7 +93,7 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...] = (
 def not_yet(cfg: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     """(fields, sentence) of everything that is asked for and not built yet."""
     for row in LATER:
-        asked = [name for name in row.fields if _asks(row, cfg.get(name), FIELDS[name].default)]
+        asked = [name for name in row.fields if cfg.get(name) != FIELDS[name].default]
         if asked:
             places = ", ".join(dict.fromkeys(cfg.place(name) for name in asked))
             value = shown(cfg.get(asked[0]))
@@ -128,26 +125,12 @@ def remarks(cfg: RunConfig) -> list[str]:
 
 
 def status(dotted: str) -> str:
-    """What this version does with a setting, in a word; `obeyed (later: X)` if some of its values wait."""
+    """What this version does with a setting, in a word."""
     if dotted in RESTATES or dotted in VISION:
         return "restates" if dotted in RESTATES else "refused"
-    spec = FIELDS[dotted]
-    switches = SWITCHES.get(spec.section, {}).items()
-    if _waits(dotted, None) or any(
-        _waits(f"train_config.{name}", value) for name, values in switches for value in values
-    ):
-        return "later"
-    waiting = [value for value in choices(spec.kind) if _waits(dotted, value)]
-    return f"obeyed (later: {', '.join(waiting)})" if waiting else "obeyed"
-
-
-def _asks(row: Later, value: Any, default: Any) -> bool:
-    return value in row.values if row.values else bool(value != default)
-
-
-def _waits(dotted: str, value: Any) -> bool:
-    """Whether LATER has this value of a field; None asks for all of them."""
-    return any(dotted in row.fields and (not row.values or value in row.values) for row in LATER)
+    switches = [f"train_config.{name}" for name in SWITCHES.get(FIELDS[dotted].section, {})]
+    waits = {name for row in LATER for name in row.fields}
+    return "later" if waits & {dotted, *switches} else "obeyed"
 
 
 def _on_purpose(cfg: RunConfig, dotted: str) -> bool:

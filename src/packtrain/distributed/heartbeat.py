@@ -185,7 +185,7 @@ def _waits(frame: FrameType | None) -> bool:
         package = file.parent.as_posix()
         if "/torch/distributed" in package and "/checkpoint" not in package:
             return True
-        if (file.name, name) in {("place.py", "wait_for"), ("streams.py", "synchronize"), ("loop.py", "read")}:
+        if (file.name, name) in {("place.py", "wait_for"), ("streams.py", "synchronize")}:
             return True
         frame = frame.f_back
     return False

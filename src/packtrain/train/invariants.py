@@ -5,7 +5,7 @@
 
 A factor beside one that starts at zero (LoRA's A, whose B is zero; a prompt behind a gate) has no gradient in the first
 step, so all are asked after the second update that was taken, and after the first those that have no such excuse.
-Frozen tensors and copies of the model are compared by up to `SAMPLES` x `SAMPLES` elements of each tensor, to the bit.
+Frozen tensors and copies of the model are compared by some elements of each tensor (`_sample`), to the bit.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _beside_zeros(names: list[str], largest: list[float]) -> set[str]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Up to SAMPLES x SAMPLES elements, spread over the first two dims, as bytes."""
+    """Elements spread over the first two dims, SAMPLES to 2 SAMPLES - 1 of each (all of a shorter one), as bytes."""
     for dim in range(min(2, tensor.dim())):
         tensor = tensor[(slice(None),) * dim + (slice(None, None, max(1, tensor.shape[dim] // SAMPLES)),)]
     return tensor.detach().contiguous().view(-1).view(torch.uint8).clone()

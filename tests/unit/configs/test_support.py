@@ -8,7 +8,6 @@ from packtrain.configs import support
 from packtrain.configs.parse import parse
 from packtrain.configs.run import FIELDS
 from packtrain.configs.support import LATER, RESTATES, remarks, status
-from packtrain.configs.values import choices
 from packtrain.errors import UserError
 
 MODEL = ["--model_name", "M"]
@@ -43,12 +42,8 @@ def _refused(line: str) -> bool:
     return False
 
 
-def test_the_rows_name_real_fields_and_values() -> None:
-    for row in LATER:
-        for dotted in row.fields:
-            assert dotted in FIELDS
-            assert set(row.values) <= set(choices(FIELDS[dotted].kind))
-            assert FIELDS[dotted].default not in row.values
+def test_the_rows_name_real_fields() -> None:
+    assert {dotted for row in LATER for dotted in row.fields} <= set(FIELDS)
     assert set(RESTATES) <= set(FIELDS)
     assert {name for names, _, _ in support.NEEDS for name in names} <= set(FIELDS)
 
