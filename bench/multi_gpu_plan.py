@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.__main__ import LLAMA_8B
 from bench.runs import Machine
-from bench.shapes import LLAMA_70B, SMALL, TINY, step_flops
+from bench.shapes import LLAMA_8B, LLAMA_70B, SMALL, TINY, step_flops
 from packtrain.train.flops import peak
 
 RANK = 16

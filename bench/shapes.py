@@ -1,8 +1,10 @@
 """Models by their shape alone, for benches: config.json's content, what a step of one costs, weights on a disk.
 
-LLAMA_70B, SMALL, TINY      beside LLAMA_8B of bench/__main__.py
+LLAMA_8B, LLAMA_70B, SMALL, TINY
 step_flops                  model FLOPs of a row, as packtrain counts them
 checkpoint                  a Hugging Face folder of random weights, as large as time and disk allow
+weights                     the same whole, every layer of its own, with a tokenizer
+card                        the name of what is measured on
 """
 
 from __future__ import annotations
@@ -16,14 +18,32 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from bench.__main__ import LLAMA_8B
 from packtrain.checkpoint.hf import expected_shapes
 from packtrain.model.config import LlamaConfig
 from packtrain.model.llama import LlamaForCausalLM
 from packtrain.peft import lora
 from packtrain.peft.settings import LoraSettings
 from packtrain.train.flops import Cost, Work
+
+LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "initializer_range": 0.02,
+}
+"""The shape of Llama 3.1 8B."""
 
 LLAMA_70B = LLAMA_8B | {
     "hidden_size": 8192,
@@ -85,6 +105,41 @@ def checkpoint(folder: Path, shape: dict[str, Any], seconds: float) -> tuple[int
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (folder / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": written}))
     return written, sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def weights(folder: Path, shape: dict[str, Any], device: torch.device) -> None:
+    """Random bf16 weights of a shape, a file a layer, drawn on the device, and a tokenizer of as many words."""
+    folder.mkdir(parents=True)
+    files: dict[str, list[str]] = {}
+    shapes = expected_shapes(_on_meta(shape))
+    for name in shapes:
+        layer = name.split(".")[2] if name.startswith("model.layers.") else "rest"
+        files.setdefault(f"layer-{layer}.safetensors", []).append(name)
+
+    def write(number: int, file: str) -> None:
+        generator = torch.Generator(device).manual_seed(number)
+        spread = shape.get("initializer_range", 0.02)
+        drawn = {}
+        for name in files[file]:
+            tensor = torch.ones(shapes[name], dtype=torch.bfloat16, device=device)
+            drawn[name] = (tensor if tensor.dim() == 1 else tensor.normal_(0, spread, generator=generator)).cpu()
+        save_file(drawn, folder / file, metadata={"format": "pt"})
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(write, range(len(files)), files))
+    places = {name: file for file, names in files.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "config.json").write_text(json.dumps(shape | {"dtype": "bfloat16"}))
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, shape["vocab_size"])}
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
+
+
+def card() -> str:
+    """The name of what is measured on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def _again(first: Path, layer: int) -> bool:

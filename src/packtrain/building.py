@@ -32,7 +32,7 @@ from packtrain.errors import UserError
 from packtrain.kernels import float8
 from packtrain.kernels.attention_choice import choose
 from packtrain.kernels.rows import Form
-from packtrain.model import fast, quantised
+from packtrain.model import fast, offload, quantised, streaming
 from packtrain.model.config import LlamaConfig
 from packtrain.model.llama import LlamaForCausalLM, blocks, draw
 from packtrain.optim import Optimizer, schedule
@@ -102,6 +102,7 @@ def build(cfg: RunConfig, inputs: Inputs, place: Place, *, weights: bool = True)
 
     Without `weights` it has memory for them and no values: a checkpoint brings them.
     """
+    recomputing.limit(cfg, place)
     dtype = weight_dtype(cfg, place.device)
     model = LlamaForCausalLM(inputs.model_config, dtype=dtype, device=torch.device("meta"))
     attention = choose(cfg.train_config.attention, place.device, dtype, inputs.model_config.head_dim)
@@ -117,20 +118,21 @@ def build(cfg: RunConfig, inputs: Inputs, place: Place, *, weights: bool = True)
     if packed is not None:
         quantised.quantise(model, *packed[:2])
     form = _fused_form(cfg, model, place)
-    recompute, line = recomputing.choose(
-        cfg,
-        model,
-        place,
-        tokens=micro_batch_tokens(cfg, inputs),
-        form=form,
-        apart=_apart(cfg, inputs, attention.kernel, place),
-    )
-    if line is not None:
-        log.say(line)
+    needs: dict[str, Any] = {
+        "tokens": micro_batch_tokens(cfg, inputs),
+        "form": form,
+        "apart": _apart(cfg, inputs, attention.kernel, place),
+    }
+    recompute, line = recomputing.choose(cfg, model, place, **needs)
+    hosted, base_line = recomputing.streamed(cfg, model, place, recompute=recompute, **needs)
+    for said in filter(None, (line, base_line)):
+        log.say(said)
     if form is not None:
         fast.install(model, form, recompute)
     for block in blocks(model):
         block.keeps_attention = recompute == "selective"
+    if recompute == "offload":
+        offload.install(blocks(model), place.device)
     fsdp = cfg.fsdp_config
     home = parallelize(
         model,
@@ -143,6 +145,8 @@ def build(cfg: RunConfig, inputs: Inputs, place: Place, *, weights: bool = True)
         cpu_offload=fsdp.fsdp_cpu_offload,
     )
     if form is not None and packed is None and not isinstance(model, FSDPModule):
+        if hosted:
+            streaming.install(model, hosted, home)
         fast.allocate(model, home)
     materialise(model, home, place.device)
     if packed is not None:
@@ -207,6 +211,7 @@ def optimizer_of(
         weight_decay=train.weight_decay,
         rule=optimizer_rule(cfg),
         use_kahan=cfg.fsdp_config.use_kahan,
+        moments=cfg.fsdp_config.moments,
         fp16=train.use_fp16,
     )
     factor = schedule(

@@ -74,8 +74,9 @@ def precision_line(cfg: RunConfig, weights: torch.dtype, learning: Collection[to
         computed += ", fp32 where they train"
     if rule == "anyprecision":
         loses = "updates below a weight's last place are lost (--use_kahan keeps them)"
+        moments = cfg.fsdp_config.moments.replace("8bit", "8-bit")
         carries = "what rounding takes from a weight is carried on" if cfg.fsdp_config.use_kahan else loses
-        return f"{computed}; AnyPrecision AdamW, bf16 moments" + (f", no masters: {carries}" if masters else "")
+        return f"{computed}; AnyPrecision AdamW, {moments} moments" + (f", no masters: {carries}" if masters else "")
     if rule == "adamw8bit":
         kept = f"AdamW of torchao, {masters + ' and ' if masters else ''}8-bit moments"
     else:

@@ -67,7 +67,15 @@ class Examined:
 
     def lines(self) -> list[str]:
         """What the user should know about the data."""
-        return [f"{split}: {line}" for split, audit in self.audits.items() for line in audit.lines()]
+        lines = [f"{split}: {line}" for split, audit in self.audits.items() for line in audit.lines()]
+        known = self.inputs.model_config.max_position_embeddings
+        longest = max((audit.longest for audit in self.audits.values()), default=0)
+        if longest > known:
+            lines.append(
+                f"warning: the longest row has {longest:,} tokens, and the model was made for {known:,} positions; "
+                "later ones are new to it"
+            )
+        return lines
 
 
 def inputs(cfg: RunConfig, place: Place) -> Inputs:

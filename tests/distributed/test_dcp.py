@@ -39,6 +39,7 @@ SIZES = {"vocab_size": 391, "hidden_size": 32, "intermediate_size": 44, "attenti
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "full, tied, masters": {"tied": True, "fsdp_config.pure_bf16": True},
+    "full, 8 bits": {"fsdp_config.pure_bf16": True, "optimizer": "anyprecision", "moments": "8bit"},
     "full, copies": {"fsdp_config.sharding_strategy": "NO_SHARD"},
     "lora": {
         "use_peft": True,
@@ -105,7 +106,10 @@ def whole_states(model: LlamaForCausalLM, optimizer: Optimizer) -> dict[str, dic
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    if isinstance(tensor, DTensor):
+        known = tensor.int() if tensor.dtype == torch.int16 else tensor  # gloo gathers no int16
+        return known.full_tensor().detach().to(tensor.dtype, copy=True)
+    return tensor.detach().clone()
 
 
 def sharded_like(local: Tensor, parameter: DTensor) -> DTensor:

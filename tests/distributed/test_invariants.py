@@ -36,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full, some frozen": {"freeze_layers": True},
     "full, masters": {"fsdp_config.pure_bf16": True},
     "full, anyprecision": {"fsdp_config.pure_bf16": True, "optimizer": "anyprecision", "lr": 1e-5},
+    "full, 8 bits": {"fsdp_config.pure_bf16": True, "optimizer": "anyprecision", "moments": "8bit", "lr": 1e-5},
     "full, no remainders": {"fsdp_config.pure_bf16": True, "optimizer": "anyprecision", "use_kahan": False, "lr": 1e-7},
     "full, warming up": {"warmup_steps": 1000, "lr": 1e-4},
 }

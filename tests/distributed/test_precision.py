@@ -38,6 +38,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "fp16": {"use_fp16": True},
     "pure bf16": {"pure_bf16": True},
     "anyprecision": {"pure_bf16": True, "optimizer": "anyprecision"},
+    "anyprecision, no sum": {"pure_bf16": True, "optimizer": "anyprecision", "gradient_accumulation_steps": 1},
+    "anyprecision, 8 bits": {"pure_bf16": True, "optimizer": "anyprecision", "moments": "8bit"},
     "anyprecision alone": {"optimizer": "anyprecision"},
     "offload": {"fsdp_cpu_offload": True},
     "offload fp16": {"fsdp_cpu_offload": True, "use_fp16": True},
@@ -76,11 +78,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole_runs(place: Place, root: Path) -> dict[str, float]:
     """Run -> seconds; a step takes 4 rows on any number of ranks."""
     torch.compiler.set_stance("force_eager")  # torchao compiles its update, for a minute
-    split = {"batch_size_training": 2 // place.world_size, "gradient_accumulation_steps": 2}
-    return {
-        name: train(place, name, flags_of(root, f"{name}/{place.world_size}", **split, **flags))["seconds"]
-        for name, flags in RUNS.items()
-    }
+    seconds = {}
+    for name, flags in RUNS.items():
+        parts = flags.get("gradient_accumulation_steps", 2)
+        split = {"batch_size_training": 4 // parts // place.world_size, "gradient_accumulation_steps": parts}
+        given = flags_of(root, f"{name}/{place.world_size}", **{**split, **flags})
+        seconds[name] = train(place, name, given)["seconds"]
+    return seconds
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +112,8 @@ def weights(folder: Path) -> dict[str, Tensor]:
         ("pure bf16", "fp32", 2e-2),
         ("anyprecision", "fp32", 2e-2),
         ("anyprecision", "pure bf16", 5e-3),
+        ("anyprecision, no sum", "anyprecision", 5e-3),
+        ("anyprecision, 8 bits", "anyprecision", 5e-3),
         ("anyprecision alone", "fp32", 1e-6),
         ("lora pure bf16", "lora", 2e-2),
         ("lora frozen", "lora", 1e-6),

@@ -16,7 +16,7 @@ from packtrain.configs.parse import build
 from packtrain.distributed.place import Place, open_place
 from packtrain.kernels.rows import Form
 from packtrain.model.fast_layer import linears
-from packtrain.model.llama import LlamaForCausalLM, blocks
+from packtrain.model.llama import LlamaConfig, LlamaForCausalLM, blocks
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,10 @@ def needs(flags: dict[str, Any]) -> dict[str, float]:
         inputs = preflight.inputs(cfg, place)
         tokens = building.micro_batch_tokens(cfg, inputs)
         model = LlamaForCausalLM(inputs.model_config, dtype=torch.float32, device=torch.device("meta"))
-        held = recompute.Held.of(cfg, model, place, None)
-    return {
-        choice: (held.weights + held.training + recompute._needed(model, tokens, choice, None, False)) / recompute.SHARE
-        for choice in recompute.CHOICES
-    }
+        held, coming = recompute.Held.of(cfg, model, place, None), recompute._coming(cfg, model, place)
+    beside = held.weights + held.training - coming
+    needed = {c: recompute._needed(model, tokens, c, None, False, coming=coming) for c in recompute.CHOICES}
+    return {choice: (beside + size) / recompute.SHARE for choice, size in needed.items()}
 
 
 def test_float8_weights_turned_over_are_kept_by_one_process_only(flags: dict[str, Any]) -> None:
@@ -74,6 +73,36 @@ def test_what_is_held_is_counted(flags: dict[str, Any]) -> None:
         assert recompute.Held.of(cfg, model, place, None) == recompute.Held(4 * count, 12 * count)
         bf16 = LlamaForCausalLM(inputs.model_config, dtype=torch.bfloat16, device=torch.device("meta"))
         assert recompute.Held.of(cfg, bf16, place, None) == recompute.Held(2 * count, 18 * count)
+        anyprecision = flags | {"fsdp_config.pure_bf16": True, "optimizer": "anyprecision"}
+        for changes, each in (
+            ({}, 2 + 2 + 4),  # gradients as they come, remainders, moments
+            ({"moments": "8bit"}, 2 + 2 + 2),
+            ({"moments": "8bit", "use_kahan": False}, 2 + 2),
+            ({"moments": "8bit", "gradient_accumulation_steps": 2}, 2 + 4 + 2 + 2),
+        ):
+            cfg = build(**anyprecision, **changes)
+            assert recompute.Held.of(cfg, bf16, place, None) == recompute.Held(2 * count, each * count)
+
+
+def test_layers_gradients_take_the_place_of_what_the_forward_kept(
+    flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An 8B in 8 bytes a weight on a card of 80 GB: 60 GiB with gradients, of which 13 come while 17 or 6 GiB go."""
+    monkeypatch.setattr(recompute, "free_bytes", lambda place: 78 * recompute.GIB)
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    config = LlamaConfig.from_dict(shape | {"architectures": ["LlamaForCausalLM"]})
+    model = LlamaForCausalLM(config, dtype=torch.bfloat16, device=torch.device("meta"))
+    little = flags | {"fsdp_config.pure_bf16": True, "optimizer": "anyprecision", "moments": "8bit"}
+    form = Form(torch.bfloat16, float8=False)
+    with open_place("cpu") as place:
+        held = recompute.Held.of(build(**little), model, place, form)
+        assert 59.5 < (held.weights + held.training) / recompute.GIB < 60.5
+        chosen = [
+            recompute.choose(build(**little, **more), model, place, tokens=tokens, form=form)[0]
+            for tokens, more in ((4096, {}), (8192, {}), (4096, {"gradient_accumulation_steps": 2}))
+        ]
+    assert chosen == ["none", "selective", "full"]
 
 
 @pytest.mark.parametrize("chosen", ["none", "selective", "full", "too little"])

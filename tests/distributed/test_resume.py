@@ -67,6 +67,7 @@ CASES: dict[str, dict[str, Any]] = {
         "eval_steps": 1,
     },
     "full, anyprecision": {"fsdp_config.pure_bf16": True, "optimizer": "anyprecision", "save_steps": 1},
+    "full, 8 bits": {"fsdp_config.pure_bf16": True, "optimizer": "anyprecision", "moments": "8bit", "save_steps": 1},
     "full, fp16": {"use_fp16": True, "freeze_layers": True},
     "prefix": {"use_peft": True, "peft_method": "prefix", "num_virtual_tokens": 5},
     "llama_adapter": {"use_peft": True, "peft_method": "llama_adapter", "adapter_len": 5, "adapter_layers": 2},

@@ -195,6 +195,47 @@ def test_products_and_gradients(form: Form, spans: Any, spreads: tuple[float, fl
         assert torch.equal(once, again)
 
 
+@pytest.mark.parametrize("form", FORMS, ids=NAMES)
+@pytest.mark.parametrize(("count", "parts", "spread"), [(129, (512, 1024, 1536), 0.01), (70, (9216,), 20.0)])
+def test_up_and_gradient(form: Form, count: int, parts: tuple[int, ...], spread: float) -> None:
+    """In 16 bits in one pass, since the parts allow it; against float64, with fresh and with large adapters."""
+    rank, n, k, scale = 16, parts[-1], 256, 2.0
+    starts = (0, *parts[:-1])
+    plan = Plan(
+        n, k, tuple(Span(a, b, i * rank) for i, (a, b) in enumerate(zip(starts, parts, strict=True))), rank, scale
+    )
+    pairs = [
+        (normal(rank, k, spread=1 / 16, dtype=torch.float32), normal(b - a, rank, spread=spread, dtype=torch.float32))
+        for a, b in zip(starts, parts, strict=True)
+    ]
+    weight = lowrank.storage(plan, form, DEVICE)[:n, :k]
+    weight.view(torch.uint8)[:] = 0
+    tops, ones = [(a.abs().max(), b.abs().max()) for a, b in pairs], torch.ones(n, device=DEVICE)
+    operand: Wide | Float8
+    if form.float8:
+        operand = Float8(plan, form, weight, ones, pairs, tops, Scratch(plan, form, DEVICE), None)
+    else:
+        operand = Wide(plan, form, weight, pairs)
+    dy, h = rows.copy(normal(count, n), form, plan.columns), normal(count, plan.columns)
+    dy64, h64 = exact(dy), h.double()
+    found: list[list[Tensor]] = []
+    for _ in range(2):
+        fresh = Rows(dy.data.clone(), None if dy.scale is None else dy.scale.clone(), dy.columns)
+        sums = Gradients([plan], DEVICE)
+        sums.partial.fill_(float("nan"))
+        dh = adapter_gradients.up_and_gradient(operand, fresh, h, sums, 0)
+        found.append([dh, operand.backward(fresh), *sums.sums([plan])[1::2]])
+    assert all(torch.equal(once, again) for once, again in zip(*found, strict=True))
+    dh, dx, *gradients = found[0]
+    halves, expected_dx = 0.02 if INTERPRETED and form.float8 else 8e-3, torch.zeros_like(dx, dtype=torch.float64)
+    for span, (a, b), gradient in zip(plan.spans, pairs, gradients, strict=True):
+        mine, part = slice(span.column, span.column + rank), dy64[:, span.start : span.stop]
+        near(dh[:, mine], scale * part @ b.double(), halves)
+        near(gradient, scale * part.t() @ h64[:, mine], 8e-3)
+        expected_dx += scale * part @ b.double() @ a.double()
+    near(dx, expected_dx, halves)
+
+
 def summed(plan: Plan, x: Rows, h: Tensor, dy: Rows, dh: Tensor) -> list[Tensor]:
     sums = Gradients([plan], DEVICE)
     sums.partial.fill_(float("nan"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from packtrain.distributed.place import Place
-from packtrain.optim import SCHEDULERS, Optimizer, clip_, grad_norm, not_finite, schedule
+from packtrain.optim import SCHEDULERS, Optimizer, clip_factor, grad_norm, not_finite, schedule
 
 ADAMW: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 FINE, REFUSED = torch.tensor(0.0), torch.tensor(1.0)
@@ -51,9 +51,9 @@ def test_ten_steps_equal_torchs_adamw_in_float64() -> None:
         adamw.param_groups[0]["lr"] = 1e-2 / (1 + step)
         backward(ours, step)
         backward(theirs, step)
-        clip_(optimizer.gradients(), grad_norm(optimizer.gradients(), ours, ALONE), 0.5)
+        norm = grad_norm(optimizer.gradients(), ours, ALONE)
         nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
-        optimizer.step(FINE)
+        optimizer.step(FINE, factor=clip_factor(norm, 0.5))
         adamw.step()
         optimizer.zero_grad()
         adamw.zero_grad()
@@ -198,14 +198,17 @@ def test_norm_and_clipping_against_float64() -> None:
     assert norm.dtype == torch.float32
     assert norm.shape == ()
     assert abs(norm.double() / exact - 1) < 1e-6
-    clipped = [g.clone() for g in gradients]
-    clip_(clipped, norm, 0.3)
-    torch.testing.assert_close(
-        torch.cat([g.double().flatten() for g in clipped]).norm(), exact.new_tensor(0.3), rtol=2e-6, atol=0
-    )
-    unclipped = [g.clone() for g in gradients]
-    clip_(unclipped, norm, 1e9)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, unclipped, strict=True))
+    torch.testing.assert_close(exact * clip_factor(norm, 0.3), exact.new_tensor(0.3), rtol=2e-6, atol=0)
+    assert clip_factor(norm, 1e9) == 1
+
+
+def test_the_norm_of_bf16_gradients_is_not_rounded_to_bf16() -> None:
+    gradients = [torch.randn(300, 70, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(2)]
+    exact = torch.cat([g.double().flatten() for g in gradients]).norm()
+    for held in (gradients, [gradients[0], gradients[1].float()]):
+        norm = grad_norm(held, nn.Module(), ALONE)
+        assert norm.dtype == torch.float32
+        assert abs(norm.double() / exact - 1) < 1e-6
 
 
 def test_not_finite() -> None:

@@ -70,6 +70,13 @@ def test_weight_dtype(
             "(--use_kahan keeps them)",
         ),
         (
+            {"pure_bf16": True, "optimizer": "anyprecision", "moments": "8bit"},
+            BF16,
+            [BF16],
+            "bf16 weights; AnyPrecision AdamW, 8-bit moments, no masters: "
+            "what rounding takes from a weight is carried on",
+        ),
+        (
             {"pure_bf16": True, "optimizer": "anyprecision", "use_peft": True},
             BF16,
             [FP32],

@@ -53,8 +53,12 @@ OPTIMIZER = "optimizer."
 SPARE = 2**26
 """Bytes beyond the tensors that a save wants free: headers and small files."""
 
-PARTS, PART_BYTES = 8, 2**28
-"""Files that a rank writes at a time, and how large one is before there is another."""
+AT_A_TIME = 8
+"""Files that a rank writes at a time."""
+
+MOST_PARTS, PART_BYTES = 64, 2**28
+"""Files that a rank writes in all, and how large one is before there is another: while some are read back, others are
+written, and many a disk does both at once."""
 
 Finish = Callable[[StepFolder], None]
 Done = Callable[[Path], None]
@@ -142,7 +146,7 @@ class ShardWriter(StorageWriter):
         if not items:
             return
         parts = _balanced(items)
-        with ThreadPoolExecutor(len(parts), thread_name_prefix="checkpoint") as pool:
+        with ThreadPoolExecutor(min(AT_A_TIME, len(parts)), thread_name_prefix="checkpoint") as pool:
             written = pool.map(partial(self._write_part, folder, planner), self._names(len(parts)), parts)
             yield from chain.from_iterable(written)
 
@@ -316,9 +320,9 @@ class Reader(StorageReader):
 
 
 def _balanced(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
-    """The items in parts of about PART_BYTES, no more than PARTS of them and nearly equal, each in the items' order."""
+    """The items in at most MOST_PARTS parts of about PART_BYTES, nearly equal, each in the items' order."""
     whole = sum(map(_bytes, items))
-    count = max(1, min(PARTS, len(items), -(-whole // PART_BYTES)))
+    count = max(1, min(MOST_PARTS, len(items), -(-whole // PART_BYTES)))
     parts: list[list[WriteItem]] = [[] for _ in range(count)]
     before = 0
     for item in items:

@@ -33,7 +33,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     (
         "0 or a number above it",
         lambda value: value >= 0,
-        _train("weight_decay", "grace_seconds", "save_minutes", "hang_timeout"),
+        _train("weight_decay", "grace_seconds", "save_minutes", "hang_timeout", "gpu_memory_limit"),
     ),
     ("0 or more, and less than 1", lambda value: 0 <= value < 1, ("lora_config.lora_dropout",)),
     (

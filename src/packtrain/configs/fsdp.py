@@ -37,13 +37,16 @@ class FsdpConfig:
     """If given: activation_checkpointing full or none."""
 
     fsdp_cpu_offload: bool = False
-    """Keep shards and their optimizer state in host memory."""
+    """Keep shards and their optimizer state in host memory; of one GPU's frozen base the layers that do not fit."""
 
     pure_bf16: bool = False
     """bf16 weights and products on any device, a CPU too."""
 
     optimizer: Literal["AdamW", "anyprecision", "adamw8bit"] = "AdamW"
-    """AdamW with fp32 states; bf16 states; or 8-bit states."""
+    """AdamW with fp32 states; bf16 weights without fp32 copies; or fp32 copies and 8-bit states."""
 
     use_kahan: bool = True
     """Carry what rounding loses to the next step, with optimizer anyprecision."""
+
+    moments: Literal["bf16", "8bit"] = "bf16"
+    """What optimizer anyprecision keeps its two averages of gradients in: 2 bytes a weight each, or 1."""

@@ -66,7 +66,7 @@ NEEDS: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...] = (
         "without --pure_bf16",
     ),
     (
-        ("fsdp_config.use_kahan",),
+        ("fsdp_config.use_kahan", "fsdp_config.moments"),
         lambda cfg: cfg.fsdp_config.optimizer == "anyprecision" and cfg.fsdp_config.pure_bf16,
         "without --pure_bf16 --optimizer anyprecision",
     ),

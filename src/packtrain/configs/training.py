@@ -139,8 +139,11 @@ class TrainConfig:
     use_fast_kernels: bool = False
     """Use the fastest attention for the hardware, which attention auto does anyway."""
 
-    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """What the backward computes again to save memory: nothing, all but attention, whole layers; auto: as it must."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "auto"
+    """What a backward computes again: nothing, all but attention, layers; offload: with their inputs on the host."""
+
+    gpu_memory_limit: float = 0.0
+    """GiB of a GPU's memory that a worker may take, where others use the GPU too; 0 means what is free."""
 
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """A loss or gradient that is no number: end, go on without that update, or go back and on without its rows."""

@@ -4,6 +4,7 @@
     parallelize         sets `recompute` on the blocks and wraps model and blocks in FSDP2, while still on meta
     materialise         memory for every tensor on meta
     set_gradient_sync, reduce_gradients     when gradients are summed over ranks (both do nothing where the other acts)
+    sums_after      whether the second acts
     local_rows, gather  a parameter's rows on this rank, and the whole of it, sharded or not
     largest             of a value that each rank has of its rows of a parameter
     copies, reshard     ranks that hold the same gradient; back to shards after a forward without backward
@@ -119,11 +120,18 @@ def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
 
 
 def materialise(model: nn.Module, device: torch.device, buffers: torch.device | None = None) -> None:
-    """Give every tensor on meta memory on `device`, without values, and move the others there.
+    """Give every tensor on meta memory on `device`, without values, and move the others there; pinned ones stay.
 
     Buffers are not sharded and do not come and go: if parameters are not where the model computes, they have `buffers`.
     """
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
+
+    def placed(t: Tensor) -> Tensor:
+        if t.is_meta:
+            return torch.empty_like(t, device=device)
+        on_purpose = t.device.type == "cpu" and device.type != "cpu" and t.is_pinned()  # model/streaming.py
+        return t if on_purpose else t.to(device)
+
+    model._apply(placed)  # type: ignore[no-untyped-call]
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(buffers or device))
@@ -144,10 +152,15 @@ def set_gradient_sync(model: nn.Module, last: bool, every: bool | None = None) -
     model.set_requires_all_reduce(last)  # after the call above, which sets it too
 
 
+def sums_after(model: nn.Module, place: Place) -> bool:
+    """Whether gradients of several ranks are left for `reduce_gradients` to sum: then they have to be fp32."""
+    return place.world_size > 1 and not isinstance(model, FSDPModule)
+
+
 @torch.no_grad()
 def reduce_gradients(model: nn.Module, gradients: Sequence[Tensor], place: Place) -> None:
     """Sum an unwrapped model's fp32 gradients over all ranks, in place and flat; FSDP2 has summed a wrapped one's."""
-    if place.world_size == 1 or isinstance(model, FSDPModule):
+    if not sums_after(model, place):
         return
     for bucket in _buckets(gradients):
         flat = sum_(torch.cat([gradient.flatten() for gradient in bucket]), place)

@@ -20,7 +20,7 @@ from packtrain.kernels.lowrank import Float8, Plan, Wide
 from packtrain.kernels.rows import RUNS_TRITON, Rows, by_triton
 
 if RUNS_TRITON:
-    from packtrain.kernels import lowrank_triton as triton_kernels
+    from packtrain.kernels import adapter_gradients_triton as triton_kernels
 
 SPLITS = 8
 """Parts of the token axis in which gradients of adapters are summed: always the same, so the sum is."""
@@ -83,10 +83,9 @@ def up_and_gradient(operand: Wide | Float8, dy: Rows, h: Tensor, sums: Gradients
     """operand.up(dy), and B's gradient into `sums`: in one pass over dy where its parts allow."""
     plan = operand.plan
     if isinstance(operand, Wide) and by_triton(h) and _tiles(plan):
-        dh = dy.data[:, plan.n : plan.n + plan.columns]
-        b = operand.whole[: plan.n, plan.k : plan.k + plan.columns]
-        edges = tuple(span.start for span in plan.spans[1:])
-        triton_kernels.up_gradient(dy.values, h, b, plan.rank, edges, dh, sums.of_b(place, plan), plan.scale)
+        edges, dh = tuple(span.start for span in plan.spans[1:]), dy.data[:, plan.n : plan.n + plan.columns]
+        b, out = operand.whole[: plan.n, plan.k : plan.k + plan.columns], sums.of_b(place, plan)
+        triton_kernels.up_gradient(dy.values, h, b, plan.rank, edges, dh, out, plan.scale)
         return dh
     sums.add_b(place, plan, dy, h)  # first: for large adapters the other rounds dy's numbers
     return operand.up(dy)

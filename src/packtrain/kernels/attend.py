@@ -1,6 +1,7 @@
 """Attention in two halves, for layers that write out their own backward.
 
     attend, attend_backward       kernels/attention.py's function, and its gradient from what the first half left
+    attend_long, ..._backward     the same of rows so long that few heads at a time attend
 
 Without flash-attn-4 the halves are autograd's, over a graph of attention alone. flash-attn-4's own halves are
 operations of torch (kernels/operations.py), whose FLOPs are of the pairs of tokens in which one sees the other.
@@ -60,6 +61,66 @@ def attend_backward(
     assert leaves is not None
     for target, tensor in zip(into, torch.autograd.grad(output, leaves, gradient), strict=True):
         target.copy_(tensor)
+
+
+SUMS = 2**31
+"""Bytes that the fp32 sums of dq in one call of `attend_long_backward` take at most: heads go in groups for that."""
+
+
+class AttendedLong(NamedTuple):
+    """What `attend_long` leaves: as `Attended`, with a graph for each group of heads."""
+
+    out: Tensor
+    lse: Tensor | None
+    graphs: list[Any]
+
+
+def groups(queries: int, keys: int, head: int, tokens: int) -> int:
+    """Into how many groups the heads go: keys' heads with the queries' that read them, none parted."""
+    most = max(1, SUMS // (4 * head * tokens))
+    return next(
+        parts for parts in range(1, keys + 1) if keys % parts == 0 and (queries // parts <= most or parts == keys)
+    )
+
+
+def attend_long(q: Tensor, k: Tensor, v: Tensor, batch: Batch, keep: bool = True) -> AttendedLong:
+    """`attend`, a group of heads after the other, each in memory of its own: no call sees more than 2^31 bytes."""
+    out, lses, graphs = torch.empty_like(q, memory_format=torch.contiguous_format), [], []
+    for mine, theirs in _slices(q, k):
+        made, lse, graph = attend(
+            q[:, mine].contiguous(), k[:, theirs].contiguous(), v[:, theirs].contiguous(), batch, keep=keep
+        )
+        out[:, mine].copy_(made)
+        lses.append(lse)
+        graphs.append(graph)
+    lse = None if lses[0] is None else torch.cat(cast(list[Tensor], lses))
+    return AttendedLong(out, lse, graphs)
+
+
+def attend_long_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: AttendedLong, batch: Batch
+) -> None:
+    """From the gradient of `out`, write those of q, k and v over them."""
+    for place, (mine, theirs) in enumerate(_slices(q, k)):
+        views = q[:, mine], k[:, theirs], v[:, theirs]
+        lse = None if attended.lse is None else attended.lse[mine]
+        graph = attended.graphs[place] if attended.graphs else None
+        _group_backward(gradient[:, mine], views, Attended(attended.out[:, mine], lse, graph), batch)
+
+
+def _group_backward(gradient: Tensor, views: tuple[Tensor, ...], attended: Attended, batch: Batch) -> None:
+    q, k, v = (view.contiguous() for view in views)
+    into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    left = attended._replace(out=attended.out.contiguous())
+    attend_backward(gradient.contiguous(), q, k, v, left, batch, into)
+    for view, made in zip(views, into, strict=True):
+        view.copy_(made)
+
+
+def _slices(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
+    parts = groups(q.shape[1], k.shape[1], q.shape[2], q.shape[0])
+    mine, theirs = q.shape[1] // parts, k.shape[1] // parts
+    return [(slice(i * mine, (i + 1) * mine), slice(i * theirs, (i + 1) * theirs)) for i in range(parts)]
 
 
 @operation(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from packtrain.batch import Batch
+from packtrain.kernels import attention_cpu
 from packtrain.kernels.flash import chosen, flash, obstacle
 from packtrain.kernels.flex import document_mask, flex, suits
 
@@ -100,6 +101,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, *, prefix: Prefix | None) -> Tensor
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
     """q [R, L, Hq, d], k and v [R, S, Hkv, d] -> [R, L, Hq, d]."""
+    if is_causal and attention_cpu.suits(q, k, v):
+        return attention_cpu.causal(q, k, v)
     group = q.shape[2] // k.shape[2]
     if group > 1 and q.is_cuda and q.dtype == torch.float32:
         # No fused fp32 kernel on CUDA has grouped heads; torch would fall back to one that makes all L x L scores.

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packtrain.kernels.lowrank_triton import DOT
+from packtrain.kernels.adapter_gradients_triton import DOT
 from packtrain.kernels.operations import operation
 from packtrain.kernels.rows_triton import launch
 

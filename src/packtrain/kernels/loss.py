@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from packtrain.kernels.product import times
 from packtrain.kernels.rows import RUNS_TRITON, by_triton
 
 if RUNS_TRITON:
@@ -25,6 +26,9 @@ if RUNS_TRITON:
 
 CHUNK_LOGITS = 2**26
 """Logits made at a time, 256 MiB in fp32: rows enough for a GPU's matrix product, little beside a model's weights."""
+
+CHUNK_LOGITS_CPU = 6 * 2**20
+"""The most on a CPU, 24 MiB: from 32 on malloc takes new pages of the system for every chunk."""
 
 
 def linear_cross_entropy(
@@ -66,7 +70,7 @@ class _Product(NamedTuple):
     def backward(self, rows: slice, gradient: Tensor) -> None:
         """Take in a chunk's gradient by the logits, [rows, V] in the weight's dtype."""
         if self.x_gradient is not None:
-            torch.mm(gradient, self.weight, out=self.x_gradient[rows])
+            times(gradient, self.weight.t(), out=self.x_gradient[rows])
         summed = self.weight_gradient
         if summed is not None and gradient.dtype == torch.float32:
             summed.addmm_(gradient.t(), self.x[rows])
@@ -87,7 +91,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_gradient = torch.zeros(vocabulary, dtype=torch.float32, device=targets.device) if bias_needed else None
         loss = torch.zeros((), dtype=torch.float32, device=targets.device)
         fused = by_triton(factors[0])
-        chunk = max(1, CHUNK_LOGITS // vocabulary)
+        most = min(CHUNK_LOGITS, CHUNK_LOGITS_CPU) if targets.device.type == "cpu" else CHUNK_LOGITS
+        chunk = max(1, most // vocabulary)
         if fused and chunk >= 128:
             # Made in 16 bits and in place; a product's tiles are of 128 rows. A gradient of the weight is read and
             # written once a chunk, so that fewer chunks are better.
@@ -122,7 +127,7 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _logits(products: list[_Product], bias: Tensor | None, rows: slice) -> Tensor:
     """[rows, V] in the weight's dtype."""
-    logits = torch.mm(products[0].x[rows], products[0].weight.t())
+    logits = times(products[0].x[rows], products[0].weight)
     for x, weight, *_ in products[1:]:
         logits.addmm_(x[rows], weight.t())
     if bias is not None:

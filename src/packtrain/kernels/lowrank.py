@@ -85,14 +85,15 @@ Adapters = Sequence[tuple[Tensor, Tensor]]
 """(A fp32 [r, k], B fp32 [rows, r]) of each span."""
 
 
+def stored(plan: Plan, form: Form) -> tuple[int, int]:
+    """Rows and columns of a weight's memory with the adapters' columns."""
+    return plan.n + (0 if form.float8 else plan.columns), form.width(plan.k, plan.columns)
+
+
 def storage(plan: Plan, form: Form, device: torch.device) -> Tensor:
     """Memory for a layer's weight with its columns, zero beside the weight, which is its [:n, :k]."""
-    if form.float8:
-        whole = torch.empty(plan.n, form.width(plan.k, plan.columns), dtype=float8.E4M3, device=device)
-    else:
-        width = form.width(plan.k, plan.columns)
-        whole = torch.empty(plan.n + plan.columns, width, dtype=form.dtype, device=device)
-        whole[plan.n :].zero_()
+    whole = torch.empty(stored(plan, form), dtype=float8.E4M3 if form.float8 else form.dtype, device=device)
+    _bytes(whole)[plan.n :].zero_()
     _bytes(whole)[:, plan.k :].zero_()
     return whole
 
@@ -104,7 +105,7 @@ def _bytes(x: Tensor) -> Tensor:
 def _whole(weight: Tensor, plan: Plan, form: Form) -> Tensor:
     """The storage a weight is a view of; a weight gathered without its columns is copied into one."""
     weight = weight.detach()
-    shape = plan.n + (0 if form.float8 else plan.columns), form.width(plan.k, plan.columns)
+    shape = stored(plan, form)
     room = weight.untyped_storage().nbytes() // weight.element_size() - weight.storage_offset()
     if weight.stride() == (shape[1], 1) and room >= shape[0] * shape[1]:
         return weight.as_strided(shape, weight.stride())
@@ -121,11 +122,12 @@ class Wide:
     ) -> None:
         self.plan, self.adapters, self.drop = plan, adapters, drop
         self.whole = _whole(weight, plan, form)
+        if adapters and by_triton(weight):
+            places = [(plan.n + span.column, span.start, plan.k + span.column) for span in plan.spans]
+            triton_kernels.pack16(adapters, self.whole, places, plan.scale)
+            return
         for span, (a, b) in zip(plan.spans, adapters, strict=True):
             row = plan.n + span.column
-            if by_triton(weight):
-                triton_kernels.pack16(a, b, self.whole, row, span.start, plan.k + span.column, plan.scale)
-                continue
             self.whole[row : row + plan.rank, : plan.k] = a
             at = plan.k + span.column
             self.whole[span.start : span.stop, at : at + plan.rank] = plan.scale * b
@@ -228,8 +230,8 @@ class Float8:
         """Put s B beside W: what `forward` needs of `down` for rows whose columns are filled."""
         plan = self.plan
         self.whole = _whole(self.weight, plan, self.form)
-        for span, (a, b), (top_a, top_b) in zip(plan.spans, self.adapters, self.tops, strict=True):
-            self._pack(self.whole, 0, b, a, (top_b, top_a), (plan.scale, 1.0), (span.start, 0, span.column), plan.k)
+        pairs, tops = [(b, a) for a, b in self.adapters], [(b, a) for a, b in self.tops]
+        self._pack(0, pairs, tops, (plan.scale, 1.0), [(span.start, 0, span.column) for span in plan.spans], plan.k)
 
     def forward(self, x: Rows) -> Tensor:
         """x W^T + s h B^T [T, n]; `down` comes first."""
@@ -243,9 +245,9 @@ class Float8:
             turned = self.scratch.turned()
             transpose(self.weight.detach(), turned)
         self.whole = turned
-        for span, (a, b), (top_a, top_b) in zip(plan.spans, self.adapters, self.tops, strict=True):
-            places = (0, span.start, span.column)
-            self._pack(self.whole, 1, a.t(), b.t(), (top_a, top_b), (1.0, plan.scale), places, plan.n)
+        pairs = [(a.t(), b.t()) for a, b in self.adapters]
+        places = [(0, span.start, span.column) for span in plan.spans]
+        self._pack(1, pairs, self.tops, (1.0, plan.scale), places, plan.n)
         self.dh = self._skinny(dy, 1)
         return self.dh
 
@@ -262,32 +264,44 @@ class Float8:
 
     def _pack(
         self,
-        matrix: Tensor,
         way: int,
-        x: Tensor,
-        y: Tensor,
-        tops: tuple[Tensor, Tensor],
+        pairs: Adapters,
+        tops: Sequence[tuple[Tensor, Tensor]],
         scales: tuple[float, float],
-        places: tuple[int, int, int],
+        places: Sequence[tuple[int, int, int]],
         values: int,
     ) -> None:
-        """x [n, r] into the matrix's columns, y [r, k] into the skinny rows."""
-        scratch, c = self.scratch, self.plan.columns
+        """Each x [n, r] into the matrix's columns, y [r, k] into the skinny rows."""
+        scratch, matrix = self.scratch, self.whole
         skinny = scratch.skinny[way]
-        if by_triton(x):
+        if pairs and by_triton(matrix):
+            reaches = [reach(y.shape[1]) for _, y in pairs]
             triton_kernels.pack8(
-                x, y, tops, (*scales, reach(y.shape[1])), self.scale, matrix, skinny, scratch.skinny_scale,
-                scratch.factor, places, values,
+                pairs, tops, reaches, scales, self.scale, matrix, skinny, scratch.skinny_scale, scratch.factor, places,
+                values,
             )  # fmt: skip
             return
-        xrow, yrow, column = places
+        for pair, top, place in zip(pairs, tops, places, strict=True):
+            self._pack_one(skinny, pair, top, scales, place, values)
+
+    def _pack_one(
+        self,
+        skinny: Tensor,
+        pair: tuple[Tensor, Tensor],
+        tops: tuple[Tensor, Tensor],
+        scales: tuple[float, float],
+        place: tuple[int, int, int],
+        values: int,
+    ) -> None:
+        (x, y), (xrow, yrow, column) = pair, place
+        scratch, c = self.scratch, self.plan.columns
         rank = slice(column, column + x.shape[1])
         scale = self.scale[:1]
         most = (reach(y.shape[1]) * tops[1] * scales[1]).clamp(min=FACTOR_MOST)
         factor = torch.minimum(SKINNY_TOP * scale / (tops[0] * scales[0]).clamp(min=1e-30), most)
         top = (tops[1] * scales[1]).clamp(min=1e-30) / SKINNY_TOP
         hi, lo = float8.split(x * (scales[0] * factor / scale))
-        rows = matrix[xrow : xrow + x.shape[0], values:]
+        rows = self.whole[xrow : xrow + x.shape[0], values:]
         for at, half in ((0, hi), (c, hi), (2 * c, lo)):
             rows[:, at + rank.start : at + rank.stop] = half
         hi, lo = float8.split(y * (scales[1] / top))

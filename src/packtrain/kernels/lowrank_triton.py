@@ -4,181 +4,31 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from packtrain.kernels.operations import operation
-from packtrain.kernels.rows_triton import INTERPRETED, launch
+from packtrain.kernels.rows_triton import launch
 
-DOT = tl.constexpr(tl.float32 if INTERPRETED else tl.bfloat16)
-"""What small products are computed in; the interpreter has no bf16 ones."""
-
-DOT8 = tl.constexpr(tl.float32 if INTERPRETED else tl.float16)
-"""The same where one side is float8."""
-
-GRADIENT = {
-    (True, "wide"): (64, 256, 4, 3),
-    (True, "plain"): (64, 128, 4, 4),
-    (True, "ranks"): (128, 128, 4, 3),
-    (False, "wide"): (128, 128, 8, 2),
-    (False, "plain"): (64, 128, 4, 4),
-    (False, "ranks"): (64, 128, 4, 3),
-}
-"""(tokens and columns a tile, warps, stages) of `gradient`, by float8 and kind of shape; measured on an H100."""
-
-UP_GRADIENT = 64, 256, 8, 3
-"""The same of `up_gradient`."""
-UP_EDGE = 512
-"""Parts that begin and end at multiples of it can take `up_gradient`."""
-
-NEVER = 2**31 - 1
+Place = tuple[int, int, int]
+"""Where an adapter's two factors go."""
 
 
 @triton.jit
-def _gradient(
-    x, s, h, out, T, N, ldx, ldh, R, E1, E2, sr, sn, so, factor, span,
-    FLOAT8: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+def _pack16(
+    m, all_a, all_b, ns, firsts, starts, columns, K, R, ld, scale, RP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    first = tl.program_id(0) * BN
-    n = first + tl.arange(0, BN)
-    r = tl.arange(0, RP)
-    # which part's columns of h: a tile is in one part
-    h += R * ((first >= E1).to(tl.int32) + (first >= E2).to(tl.int32))
-    t0 = tl.program_id(1) * span
-    acc = tl.zeros((RP, BN), dtype=tl.float32)
-    inverse = 1.0
-    top = 1.0
-    if FLOAT8:
-        # e4m3 to fp16 is one instruction for two numbers, to bf16 it would be five: so h is brought into fp16's range
-        # by the largest magnitude of what this program reads of it.
-        most = tl.zeros((BT, RP), dtype=tl.float32)
-        for step in range(0, span, BT):
-            t = t0 + step + tl.arange(0, BT)
-            small = tl.load(
-                h + t.to(tl.int64)[:, None] * ldh + r[None, :], mask=(t[:, None] < T) & (r[None, :] < R), other=0.0
-            )
-            most = tl.maximum(most, tl.abs(small.to(tl.float32)) * tl.load(s + t, mask=t < T, other=0.0)[:, None])
-        top = tl.maximum(tl.max(tl.max(most, 1), 0), 1e-30)
-        inverse = 1.0 / top
-    for step in range(0, span, BT):
-        t = t0 + step + tl.arange(0, BT)
-        tm = t < T
-        t64 = t.to(tl.int64)
-        values = tl.load(x + t64[:, None] * ldx + n[None, :], mask=tm[:, None] & (n[None, :] < N), other=0.0)
-        small = tl.load(h + t64[:, None] * ldh + r[None, :], mask=tm[:, None] & (r[None, :] < R), other=0.0)
-        if FLOAT8:
-            small = small.to(tl.float32) * (tl.load(s + t, mask=tm, other=0.0) * inverse)[:, None]
-            acc = tl.dot(tl.trans(small.to(DOT8)), values.to(DOT8), acc)
-        else:
-            acc = tl.dot(tl.trans(small.to(DOT)), values.to(DOT), acc)
-    at = out + tl.program_id(1).to(tl.int64) * so + r[:, None] * sr + n[None, :].to(tl.int64) * sn
-    tl.store(at, acc * (factor * top), mask=(r[:, None] < R) & (n[None, :] < N))
-
-
-@operation(
-    "low_rank_gradient(Tensor x, Tensor? scale, Tensor h, int rank, Tensor(a!) out, int[] strides, float factor, "
-    "int[] edges=[]) -> ()",
-    flops=lambda x, scale, h, rank, *_: 2 * x[0] * x[1] * rank,
-)
-def gradient(
-    x: Tensor, scale: Tensor | None, h: Tensor, rank: int, out: Tensor, strides: tuple[int, int], factor: float,
-    edges: tuple[int, ...] = (),
-) -> None:  # fmt: skip
-    """out [splits, ...] gets partial sums of factor * h^T x: element (r, n) at `strides`.
-
-    Columns of x from edges[i] on, multiples of 128, meet the next `rank` columns of h.
-    """
-    count, columns = x.shape
-    wide = columns > 8192 and all(edge % 256 == 0 for edge in edges)
-    tokens, block, warps, stages = GRADIENT[scale is not None, "wide" if wide else "ranks" if rank > 16 else "plain"]
-    span = triton.cdiv(triton.cdiv(count, out.shape[0]), tokens) * tokens
-    first, second = (*edges, NEVER, NEVER)[:2]
-    launch(
-        _gradient, (triton.cdiv(columns, block), out.shape[0]), x, h if scale is None else scale, h, out, count,
-        columns, x.stride(0), h.stride(0), rank, first, second, *strides, out.stride(0), factor, span,
-        FLOAT8=scale is not None, RP=max(16, triton.next_power_of_2(rank)), BN=block, BT=tokens, num_warps=warps,
-        num_stages=stages,
-    )  # fmt: skip
+    for i in tl.static_range(len(all_a)):
+        if tl.program_id(1) == i:
+            _pack16_one(m, all_a[i], all_b[i], ns[i], firsts[i], starts[i], columns[i], K, R, ld, scale, RP, BLOCK)
 
 
 @triton.jit
-def _up_gradient(
-    x, h, b, partial, out, T, ldx, ldh, ldb, R, E1, E2, so, factor, span,
-    RP: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
-    first = tl.program_id(0) * BN
-    n = first + tl.arange(0, BN)
-    r = tl.arange(0, RP)
-    rm = r[None, :] < R
-    part = R * ((first >= E1).to(tl.int32) + (first >= E2).to(tl.int32))
-    small_b = tl.load(b + n[:, None].to(tl.int64) * ldb + part + r[None, :], mask=rm, other=0.0).to(DOT)
-    t0 = tl.program_id(1) * span
-    acc = tl.zeros((RP, BN), dtype=tl.float32)
-    for step in range(0, span, BT):
-        t = t0 + step + tl.arange(0, BT)
-        tm = t[:, None] < T
-        t64 = t.to(tl.int64)[:, None]
-        values = tl.load(x + t64 * ldx + n[None, :], mask=tm, other=0.0).to(DOT)
-        small = tl.load(h + t64 * ldh + part + r[None, :], mask=tm & rm, other=0.0).to(DOT)
-        acc = tl.dot(tl.trans(small), values, acc)
-        up = tl.dot(values, small_b)
-        to = partial + (tl.program_id(0).to(tl.int64) * T + t64) * R + r[None, :]
-        tl.store(to, up.to(partial.dtype.element_ty), mask=tm & rm)
-    at = out + tl.program_id(1).to(tl.int64) * so + r[:, None] + n[None, :].to(tl.int64) * R
-    tl.store(at, acc * factor, mask=r[:, None] < R)
-
-
-@triton.jit
-def _sum_up(partial, to, T, R, ldt, E1, E2, E3, RP: tl.constexpr, BT: tl.constexpr):
-    t = tl.program_id(0) * BT + tl.arange(0, BT)[:, None]
-    r = tl.arange(0, RP)[None, :]
-    part = tl.program_id(1)
-    start = tl.where(part == 0, 0, tl.where(part == 1, E1, E2))
-    stop = tl.where(part == 0, E1, tl.where(part == 1, E2, E3))
-    m = (t < T) & (r < R)
-    acc = tl.zeros((BT, RP), dtype=tl.float32)
-    at = partial + (start.to(tl.int64) * T + t) * R + r
-    for _ in range(start, stop):
-        acc += tl.load(at, mask=m, other=0.0).to(tl.float32)
-        at += T * R
-    tl.store(to + t.to(tl.int64) * ldt + part * R + r, acc.to(to.dtype.element_ty), mask=m)
-
-
-@operation(
-    "low_rank_up_gradient(Tensor x, Tensor h, Tensor b, int rank, int[] edges, Tensor(a!) dh, Tensor(b!) out, "
-    "float factor) -> ()",
-    flops=lambda x, h, b, rank, *_: 4 * x[0] * x[1] * rank,
-)
-def up_gradient(
-    x: Tensor, h: Tensor, b: Tensor, rank: int, edges: tuple[int, ...], dh: Tensor, out: Tensor, factor: float
-) -> None:
-    """dh [T, C] = x b, part by part, and out gets partial sums of factor * h^T x, in one pass over x [T, n].
-
-    Parts begin at 0 and at `edges`, multiples of UP_EDGE; b is [n, C].
-    """
-    count, columns = x.shape
-    tokens, block, warps, stages = UP_GRADIENT
-    partial = torch.empty(columns // block, count, rank, dtype=dh.dtype, device=x.device)
-    span = triton.cdiv(triton.cdiv(count, out.shape[0]), tokens) * tokens
-    first, second = (*edges, NEVER, NEVER)[:2]
-    padded = max(16, triton.next_power_of_2(rank))
-    launch(
-        _up_gradient, (columns // block, out.shape[0]), x, h, b, partial, out, count, x.stride(0), h.stride(0),
-        b.stride(0), rank, first, second, out.stride(0), factor, span, RP=padded, BN=block, BT=tokens,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    tiles = [edge // block for edge in (*edges, columns)]
-    launch(
-        _sum_up, (triton.cdiv(count, 32), len(tiles)), partial, dh, count, rank, dh.stride(0), *(*tiles, 0, 0)[:3],
-        RP=padded, BT=32, num_warps=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _pack16(a, b, m, K, N, R, first, start, column, ld, scale, tiles, RP: tl.constexpr, BLOCK: tl.constexpr):
+def _pack16_one(m, a, b, N, first, start, column, K, R, ld, scale, RP: tl.constexpr, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
+    tiles = tl.cdiv(K, BLOCK)
     r = tl.arange(0, RP)
     if pid < tiles:
         k = pid * BLOCK + tl.arange(0, BLOCK)
@@ -193,13 +43,17 @@ def _pack16(a, b, m, K, N, R, first, start, column, ld, scale, tiles, RP: tl.con
         tl.store(at, value_b.to(m.dtype.element_ty), mask=mask_b)
 
 
-def pack16(a: Tensor, b: Tensor, whole: Tensor, first: int, start: int, column: int, scale: float) -> None:
-    """A [r, K] into rows `first`.. of `whole`, scale * B [n, r] into its rows `start`.. and columns `column`.."""
-    (rank, k), n = a.shape, b.shape[0]
-    tiles = triton.cdiv(k, 128)
+def pack16(adapters: Sequence[tuple[Tensor, Tensor]], whole: Tensor, places: Sequence[Place], scale: float) -> None:
+    """Each A [r, k] into r rows of `whole`, and scale * B [n, r] into n of its rows and r columns, all by one kernel.
+
+    A place has A's first row, B's first row, B's first column.
+    """
+    rank, k = adapters[0][0].shape
+    rows = tuple(b.shape[0] for _, b in adapters)
+    grid = triton.cdiv(k, 128) + triton.cdiv(max(rows), 128), len(adapters)
     launch(
-        _pack16, (tiles + triton.cdiv(n, 128),), a, b, whole, k, n, rank, first, start, column, whole.stride(0), scale,
-        tiles, RP=triton.next_power_of_2(rank), BLOCK=128, num_warps=4,
+        _pack16, grid, whole, *zip(*adapters, strict=True), rows, *zip(*places, strict=True), k, rank, whole.stride(0),
+        scale, RP=triton.next_power_of_2(rank), BLOCK=128, num_warps=4,
     )  # fmt: skip
 
 
@@ -221,10 +75,24 @@ def _halves(value):
 
 @triton.jit
 def _pack8(
-    x, y, xtop, ytop, ws, m, p, pscale, factor, N, K, R, xn, xr, yr, yk, xrow, yrow, column, C, ldm, ldp, at, scale_x,
-    scale_y, reach, tiles, RP: tl.constexpr, BLOCK: tl.constexpr,
+    m, xs, ys, xtops, ytops, ns, ks, xrows, yrows, columns, reaches, ws, p, pscale, factor, R, xn, xr, yr, yk, C, ldm,
+    ldp, at, scale_x, scale_y, RP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for i in tl.static_range(len(xs)):
+        if tl.program_id(1) == i:
+            _pack8_one(
+                m, xs[i], ys[i], xtops[i], ytops[i], ns[i], ks[i], xrows[i], yrows[i], columns[i], reaches[i], ws, p,
+                pscale, factor, R, xn, xr, yr, yk, C, ldm, ldp, at, scale_x, scale_y, RP, BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _pack8_one(
+    m, x, y, xtop, ytop, N, K, xrow, yrow, column, reach, ws, p, pscale, factor, R, xn, xr, yr, yk, C, ldm, ldp, at,
+    scale_x, scale_y, RP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
+    tiles = tl.cdiv(N, BLOCK)
     r = tl.arange(0, RP)
     w = tl.load(ws)
     most = tl.load(ytop) * scale_y
@@ -254,20 +122,23 @@ def _pack8(
 
 
 def pack8(
-    x: Tensor, y: Tensor, tops: tuple[Tensor, Tensor], scales: tuple[float, float, float], weight_scale: Tensor,
-    matrix: Tensor, skinny: Tensor, skinny_scale: Tensor, factor: Tensor, places: tuple[int, int, int], values: int,
+    pairs: Sequence[tuple[Tensor, Tensor]], tops: Sequence[tuple[Tensor, Tensor]], reaches: Sequence[float],
+    scales: tuple[float, float], weight_scale: Tensor, matrix: Tensor, skinny: Tensor, skinny_scale: Tensor,
+    factor: Tensor, places: Sequence[Place], values: int,
 ) -> None:  # fmt: skip
-    """x [n, r] into `matrix`'s columns beside its `values`, y [r, k] into the rows of `skinny` (see lowrank.Float8).
+    """Each x [n, r] into `matrix`'s columns beside its `values`, and y [r, k] into rows of `skinny`.
 
-    Scales are x's, y's, and `lowrank.reach`.
+    One kernel does all. Pairs are alike in rank and strides. `tops` are their largest magnitudes, `scales` x's and
+    y's (see lowrank.Float8), `reaches` of `lowrank.reach`; a place has x's first row, y's first column, the adapter's.
     """
-    (n, rank), k = x.shape, y.shape[1]
-    xrow, yrow, column = places
-    tiles = triton.cdiv(n, 128)
+    x, y = pairs[0]
+    ns, ks = tuple(x.shape[0] for x, _ in pairs), tuple(y.shape[1] for _, y in pairs)
+    tiles = max(triton.cdiv(n, 128) + triton.cdiv(k, 128) for n, k in zip(ns, ks, strict=True))
     launch(
-        _pack8, (tiles + triton.cdiv(k, 128),), x, y, *tops, weight_scale, matrix, skinny, skinny_scale, factor, n, k,
-        rank, *x.stride(), *y.stride(), xrow, yrow, column, factor.shape[0], matrix.stride(0), skinny.stride(0), values,
-        *scales, tiles, RP=triton.next_power_of_2(rank), BLOCK=128, num_warps=4,
+        _pack8, (tiles, len(pairs)), matrix, *zip(*pairs, strict=True), *zip(*tops, strict=True), ns, ks,
+        *zip(*places, strict=True), tuple(reaches), weight_scale, skinny, skinny_scale, factor, x.shape[1], *x.stride(),
+        *y.stride(), factor.shape[0], matrix.stride(0), skinny.stride(0), values, *scales,
+        RP=triton.next_power_of_2(x.shape[1]), BLOCK=128, num_warps=4,
     )  # fmt: skip
 
 
@@ -317,7 +188,8 @@ def split(o: Tensor, scale: Tensor, factor: Tensor, h: Tensor, data: Tensor | No
     to = h if data is None else data
     launch(
         _split, (triton.cdiv(count, 32),), o, scale, factor, h, to, values, to.stride(0), count, most,
-        FILLS=data is not None, C=columns, CP=triton.next_power_of_2(columns), BT=32, BK=64, num_warps=4,
+        FILLS=data is not None, C=columns, CP=triton.next_power_of_2(columns), BT=32,
+        BK=64, num_warps=4,
     )  # fmt: skip
 
 

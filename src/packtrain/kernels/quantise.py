@@ -32,8 +32,8 @@ BLOCK = 64
 """Values under one scale, in 4 bits."""
 STEP = 2**24
 """Values that are quantised at once: each needs about 20 bytes meanwhile."""
-LEAST = 1e-38
-"""A block of zeros is divided by it."""
+LEAST = 1e-35
+"""A block of zeros is divided by it. A hundredth of it is no subnormal number yet, which GPUs take for zero."""
 
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -98,7 +98,7 @@ class Quantisation:
         absmax = values.abs().amax(1, keepdim=True).clamp(min=LEAST)
         octets.zero_()
         octets[:, : values.shape[1]] = (values * (127.0 / absmax)).round_().to(torch.int8).view(torch.uint8)
-        scales.copy_(absmax / 127.0)
+        scales.copy_(absmax * (1 / 127.0))  # by a number a GPU would not divide, but multiply by its inverse
 
     def _pack4(self, values: Tensor, octets: Tensor, scales: Tensor) -> None:
         columns = values.shape[1]

@@ -6,6 +6,7 @@
 With e bytes an element, D the width, Q and K the widths of queries and of keys, H heads, I the MLP's width, a token of
 a plain layer costs
 
+    offload       0                                    its input is on the host, but for AWAY layers' at a time
     full          e D                                  its input
     selective     e (D + 2 Q + 2 K) + 4 H              beside it q, k, v, attention's output, its log-sum-exp
     none          e (2 D + 2 Q + 2 K + 3 I) + 4 H + 8  both norms' inputs and scales, gate and up, silu(gate)
@@ -17,7 +18,7 @@ a plain layer costs
 
 and e Q more in the last two where attention goes document by document: its output is put together then.
 
-The fused form keeps what model/fast_layer.py's _Kept lists. The ends are rope's tables, the last norm, and the gradient
+The fused form keeps what model/kept.py lists. The ends are rope's tables, the last norm, and the gradient
 of the head's input, which the loss makes in its forward, as it does the head's own. Tokens without a label are counted
 there too. Not in it: eager attention's scores, and the fp32 copy of each norm's input that torch makes of bf16 on CPUs.
 """
@@ -33,6 +34,9 @@ from packtrain.kernels.rows import Form
 from packtrain.model.fast_layer import Recompute, linears
 from packtrain.model.linear import Linear
 
+AWAY = 3
+"""Inputs of offloaded layers that are on the device at a time: one in use, one that comes, one that goes."""
+
 
 def kept_bytes(
     model: nn.Module, tokens: int, recompute: Recompute, form: Form | None = None, *, apart: bool = False
@@ -45,7 +49,9 @@ def kept_bytes(
     config, dtype = llama.config, llama.model.dtype
     size, width = dtype.itemsize, config.hidden_size
     layers = sum(layer_bytes(layer, config, dtype, recompute, form) for layer in llama.model.layers)
-    if apart and recompute != "full" and form is None:
+    if recompute == "offload":
+        layers = min(AWAY, len(llama.model.layers)) * size * width
+    if apart and recompute in {"none", "selective"} and form is None:
         layers += len(llama.model.layers) * size * config.num_attention_heads * config.head_dim
     norm = 2 if llama.model.norm.weight.requires_grad else 1
     ends = size * (config.head_dim + (norm + 1) * width)
@@ -63,8 +69,8 @@ def layer_bytes(layer: Any, config: Any, dtype: torch.dtype, recompute: Recomput
     size = dtype.itemsize
     width, heads = int(config.hidden_size), int(config.num_attention_heads)
     queries, keys = heads * int(config.head_dim), int(config.num_key_value_heads * config.head_dim)
-    if recompute == "full":
-        return size * width
+    if recompute in {"full", "offload"}:
+        return size * width if recompute == "full" else 0
     if form is not None:
         return _fused(layer, (width, queries, keys, heads), size, recompute, form)
     attention = size * (2 * queries + 2 * keys) + 4 * heads

@@ -28,6 +28,7 @@ from packtrain.kernels.lowrank import Plan, Span, storage
 from packtrain.kernels.rows import Form
 from packtrain.model.fast_layer import FastLayer, Recompute, Shared, Stream, linears
 from packtrain.model.linear import Linear
+from packtrain.model.long_rows import LongLayer
 from packtrain.model.quantised import QuantisedLinear
 
 __all__ = ["FastLayer", "Recompute", "allocate", "final_norm", "install", "obstacle"]
@@ -88,9 +89,9 @@ def install(model: nn.Module, form: Form, recompute: Recompute) -> None:
                 most = max(linear.weight.shape)  # the one scale, for as many rows as the weight or its transpose has
                 linear.register_buffer("weight_scale", torch.empty(most, dtype=torch.float32, device=device), False)
         adapters: list[list[Any]] = [_adapters(linear) for linear in products]
-        layer.fast = FastLayer(
+        layer.fast = LongLayer(
             shared,
-            tuple(map(_plan, products)),
+            tuple(map(plan_of, products)),
             recompute,
             trains=all(parameter.requires_grad for parameter in _base(layer)),
             names=tuple(tuple(adapter.name for adapter in some) for some in adapters),
@@ -103,7 +104,8 @@ def _adapters(linear: Linear) -> list[Any]:
     return [linear.adapters[part.name] for part in linear.parts if part.name in linear.adapters]
 
 
-def _plan(linear: Linear) -> Plan:
+def plan_of(linear: Linear) -> Plan:
+    """Shapes of a layer and its adapters."""
     adapted = [part for part in linear.parts if part.name in linear.adapters]
     if not adapted:
         return Plan(linear.out_features, linear.in_features, (), 0, 1.0)
@@ -114,9 +116,14 @@ def _plan(linear: Linear) -> Plan:
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """Memory for the fast layers' weights, without values; for a model that is not sharded."""
+    """Memory for the fast layers' weights, without values, where they have none; for a model that is not sharded."""
     for layer in _layers(model):
         fast: FastLayer = layer.fast
+        if fast.shared.form.float8:
+            fast.number = len(fast.shared.layers)
+            fast.shared.layers.append(layer)
+        if not linears(layer)[0].weight.is_meta:
+            continue  # it is on the host (model/streaming.py)
         for linear, plan in zip(linears(layer), fast.plans, strict=True):
             whole = storage(plan, fast.shared.form, device)
             linear.weight = nn.Parameter(whole[: plan.n, : plan.k], requires_grad=linear.weight.requires_grad)

@@ -11,8 +11,9 @@ may gather them for each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any, Literal, cast
 
 import torch
@@ -27,9 +28,11 @@ from packtrain.kernels.dropped import Drop
 from packtrain.kernels.lowrank import Float8, Plan, Scratch, Wide, transpose
 from packtrain.kernels.operations import again
 from packtrain.kernels.rows import Form, Rows
+from packtrain.model.kept import Kept
 from packtrain.model.linear import Linear
 
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "selective", "full", "offload"]
+"""What a backward computes again; with offload whole layers, whose inputs wait on the host (model/offload.py)."""
 Stream = Tensor | tuple[Tensor, Tensor]
 """The residual stream [T, D], or two tensors whose sum it is."""
 
@@ -37,6 +40,10 @@ Stream = Tensor | tuple[Tensor, Tensor]
 def linears(layer: Any) -> list[Linear]:
     """qkv, o, gate_up, down."""
     return [layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj]
+
+
+def _where_they_are(layer: Any) -> list[Tensor]:
+    return [linear.matrix() for linear in linears(layer)]
 
 
 @dataclass(slots=True)
@@ -48,6 +55,15 @@ class Shared:
     scratch: dict[Plan, Scratch] = field(default_factory=dict)
     handed: tuple[Tensor, Rows] | None = None
     """A gradient on its way to the layer before, and the same as rows: both are made by one kernel."""
+    layers: list[Any] = field(default_factory=list)
+    """Those of an unsharded float8 model: one kernel a forward finds the largest numbers of all their adapters."""
+    tops: list[list[Tensor]] = field(default_factory=list)
+
+    def look(self) -> None:
+        """Find them."""
+        adapters = [layer.fast.learning(layer) for layer in self.layers]
+        found = iter(_largest([*chain.from_iterable(adapters)]))
+        self.tops = [[*islice(found, len(some))] for some in adapters]
 
     def take(self, gradient: Tensor, columns: int) -> Rows:
         """A gradient as rows for a product with so many adapter columns."""
@@ -65,50 +81,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 Operands = Sequence[Wide | Float8]
-
-
-@dataclass(slots=True)
-class _Kept:
-    """One layer's activations: what the backward reads. Kept by a recomputed layer: z1 and what attention left."""
-
-    z1: Tensor
-    """The layer's input, summed."""
-    out: Tensor | None = None
-    """Attention's output [T, H, d]."""
-    lse: Tensor | None = None
-    rstd1: Tensor | None = None
-    y1: Rows | None = None
-    h1: Tensor | None = None
-    qkv: Tensor | None = None
-    mixed: Rows | None = None
-    h_out: Tensor | None = None
-    z2: Tensor | None = None
-    rstd2: Tensor | None = None
-    y2: Rows | None = None
-    h2: Tensor | None = None
-    gate_up: Tensor | None = None
-    gated: Rows | None = None
-    h_down: Tensor | None = None
-
-    def flat(self) -> tuple[list[Tensor | None], list[int | None]]:
-        """Its tensors, and for each field the columns of its rows if it is rows."""
-        tensors: list[Tensor | None] = []
-        columns: list[int | None] = []
-        for spec in fields(self):
-            value = getattr(self, spec.name)
-            is_rows = isinstance(value, Rows)
-            tensors += [value.data, value.scale] if is_rows else [value]
-            columns.append(value.columns if is_rows else None)
-        return tensors, columns
-
-    @classmethod
-    def unflat(cls, tensors: Sequence[Tensor | None], columns: Sequence[int | None]) -> _Kept:
-        """`flat`, undone."""
-        left = iter(tensors)
-        values: list[Any] = [
-            next(left) if count is None else Rows(cast(Tensor, next(left)), next(left), count) for count in columns
-        ]
-        return cls(*values)
+Sums = Gradients | list[Tensor]
+"""Where gradients of what learns go: of adapters, or of the four weights, the last one first."""
 
 
 @dataclass(slots=True)
@@ -127,17 +101,21 @@ class FastLayer:
     """The adapters'."""
     lasting: bool = False
     """Weights stay where they are between forward and backward: the model is not sharded."""
+    number: int | None = None
+    """Its place in `shared.layers`."""
     transposed: list[Tensor | None] = field(default_factory=lambda: [None] * 4)
+    weights: Callable[[Any], Sequence[Tensor]] = _where_they_are
+    """The layer -> its four weights on the device; if they are copied there they are good until the next layer's."""
 
-    def __call__(self, layer: Any, stream: Stream, rope: tuple[Tensor, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, layer: Any, stream: Stream, rope: tuple[Tensor, Tensor], batch: Batch) -> Stream:
         """The residual stream after the layer, as a pair."""
         x, delta = stream if isinstance(stream, tuple) else (stream, None)
         cos, sin = (t.flatten(1) for t in rope)
-        learning = self._learning(layer)
+        learning = self.learning(layer)
         made = _Layer.apply(self, layer, cos, sin, batch, x, delta, *learning)  # type: ignore[no-untyped-call]
         return cast(tuple[Tensor, Tensor], made)
 
-    def _learning(self, layer: Any) -> list[Tensor]:
+    def learning(self, layer: Any) -> list[Tensor]:
         """A and B of each adapter; or the four weights and those of the two norms."""
         if self.trains:
             norms: list[Tensor] = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
@@ -150,36 +128,28 @@ class FastLayer:
             for parameter in (linear.adapters[part.name].lora_A, linear.adapters[part.name].lora_B)
         ]
 
-    def operands(self, layer: Any, adapters: Sequence[Tensor], batch: Batch) -> Operands:
-        """The four products of a layer, weights read now."""
-        form = self.shared.form
-        products = linears(layer)
-        tops = _largest(adapters) if form.float8 else []
+    def operands(self, layer: Any, adapters: Sequence[Tensor], batch: Batch, again: bool = False) -> Operands:
+        """The four products of a layer, weights read now; in a backward they are made `again`."""
+        form, tops = self.shared.form, []
+        if form.float8 and self.number == 0 and not again:
+            self.shared.look()
+        if form.float8:
+            tops = _largest(adapters) if self.number is None else self.shared.tops[self.number]
         pairs = list(zip(adapters[::2], adapters[1::2], strict=True))
         pairs_of_tops = list(zip(tops[::2], tops[1::2], strict=True))
         made: list[Wide | Float8] = []
-        for i, (linear, plan) in enumerate(zip(products, self.plans, strict=True)):
+        products = zip(linears(layer), self.weights(layer), self.plans, strict=True)
+        for i, (linear, weight, plan) in enumerate(products):
             mine, pairs = pairs[: len(plan.spans)], pairs[len(plan.spans) :]
             dropping = self.dropout > 0 and layer.training and plan.spans
             drop = Drop(batch.keys.view(-1), self.names[i], self.dropout) if dropping else None
             if not form.float8:
-                made.append(Wide(plan, form, linear.matrix(), mine, drop))
+                made.append(Wide(plan, form, weight, mine, drop))
                 continue
             their_tops, pairs_of_tops = pairs_of_tops[: len(plan.spans)], pairs_of_tops[len(plan.spans) :]
             scale = cast(Tensor, linear.weight_scale)
-            made.append(
-                Float8(
-                    plan,
-                    form,
-                    linear.weight,
-                    scale,
-                    mine,
-                    their_tops,
-                    self._scratch(plan, scale),
-                    self._turned(i, linear),
-                    drop,
-                )
-            )
+            scratch, turned = self._scratch(plan, scale), self._turned(i, linear)
+            made.append(Float8(plan, form, weight, scale, mine, their_tops, scratch, turned, drop))
         return made
 
     def _scratch(self, plan: Plan, scale: Tensor) -> Scratch:
@@ -206,37 +176,50 @@ class FastLayer:
         stream: tuple[Tensor, Tensor | None],
         attended: Attended | None,
         keep: bool,
-        known: _Kept | None = None,
-    ) -> tuple[_Kept, Tensor | None, Attended]:
+        known: Kept | None = None,
+    ) -> tuple[Kept, Tensor | None, Attended]:
         """The layer. If it is done again, some is `known`, attention too if given, and the last product left out."""
-        form = self.shared.form
-        qkv, output, gate_up, down = operands
-        norm1, norm2 = layer.input_layernorm, layer.post_attention_layernorm
-        x, delta = stream
+        kept = self.before(layer, operands[0], stream, known)
+        kept.qkv = self.projected(layer, operands[0], cast(Rows, kept.y1), place)
+        kept.mixed, attended = self._attend(layer, kept.qkv, place[2], attended, keep)
+        kept.out, kept.lse = attended.out, attended.lse
+        return kept, self.after(layer, operands, kept, known), attended
+
+    def before(
+        self, layer: Any, qkv: Wide | Float8, stream: tuple[Tensor, Tensor | None], known: Kept | None = None
+    ) -> Kept:
+        """The first half, as far as it is row by row: the product's input."""
+        norm = layer.input_layernorm
         if known is not None and known.y1 is not None:
-            kept = _Kept(known.z1, rstd1=known.rstd1, y1=known.y1, h1=known.h1)
             qkv.pack()
-        else:
-            z1, rstd1, y1 = rows.add_norm(x, delta, norm1.weight, norm1.eps, form, qkv.plan.columns)
-            kept = _Kept(z1, rstd1=rstd1, y1=y1, h1=qkv.down(y1))
-        kept.qkv = self._turned_qkv(layer, qkv.forward(cast(Rows, kept.y1)), place)
-        mixed, attended = self._attend(layer, kept.qkv, place[2], attended, keep)
-        kept.out, kept.lse, kept.mixed = attended.out, attended.lse, mixed
+            return Kept(known.z1, rstd1=known.rstd1, y1=known.y1, h1=known.h1)
+        z1, rstd1, y1 = rows.add_norm(*stream, norm.weight, norm.eps, self.shared.form, qkv.plan.columns)
+        return Kept(z1, rstd1=rstd1, y1=y1, h1=qkv.down(y1))
+
+    def after(self, layer: Any, operands: Operands, kept: Kept, known: Kept | None) -> Tensor | None:
+        """The second half, from attention's output as rows; its last product unless it is done again."""
+        form, norm, mixed = self.shared.form, layer.post_attention_layernorm, cast(Rows, kept.mixed)
+        _, output, gate_up, down = operands
         kept.h_out = output.down(mixed)
         z2 = None if known is None else known.z2
         x, delta = (kept.z1, output.forward(mixed)) if z2 is None else (z2, None)
-        kept.z2, kept.rstd2, kept.y2 = rows.add_norm(x, delta, norm2.weight, norm2.eps, form, gate_up.plan.columns)
+        kept.z2, kept.rstd2, kept.y2 = rows.add_norm(x, delta, norm.weight, norm.eps, form, gate_up.plan.columns)
         kept.h2 = gate_up.down(kept.y2)
         kept.gate_up = gate_up.forward(kept.y2)
         kept.gated = rows.silu_mul(kept.gate_up, form, down.plan.columns)
         kept.h_down = down.down(kept.gated)
-        return kept, None if known is not None else down.forward(kept.gated), attended
+        return None if known is not None else down.forward(kept.gated)
 
-    def _turned_qkv(self, layer: Any, qkv: Tensor, place: tuple[Tensor, Tensor, Batch]) -> Tensor:
-        head = layer.self_attn.head_dim
+    def projected(self, layer: Any, qkv: Wide | Float8, y: Rows, place: tuple[Tensor, Tensor, Batch]) -> Tensor:
+        """q, k and v of the first half's rows, turned by rope."""
+        made = qkv.forward(y)
+        rows.rope_(made, place[0], place[1], self._turning(layer))
+        return made
+
+    def _turning(self, layer: Any) -> int:
+        """Heads that rope turns: queries' and keys'."""
         q, k, _ = layer.self_attn.qkv_proj.parts
-        rows.rope_(qkv, place[0], place[1], (q.stop + k.stop - k.start) // head)
-        return qkv
+        return int((q.stop + k.stop - k.start) // layer.self_attn.head_dim)
 
     def _attend(
         self, layer: Any, qkv: Tensor, batch: Batch, attended: Attended | None, keep: bool
@@ -263,49 +246,63 @@ class FastLayer:
         needs_input: bool,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Gradients of the stream's two tensors (they are one) and of what learns."""
-        form, shared = self.shared.form, self.shared
-        qkv, output, gate_up, down = operands
-        norm1, norm2 = layer.input_layernorm, layer.post_attention_layernorm
-        sums: Gradients | list[Tensor] = [] if self.trains else Gradients(self.plans, kept.z1.device)
+        sums: Sums = [] if self.trains else Gradients(self.plans, kept.z1.device)
+        dz, mixed, dnorm2 = self.after_backward(layer, operands, kept, gradients, sums)
+        dy = self.turned_back(layer, self._attention_backward(layer, place, kept, attended, mixed), place)
+        del mixed
+        dz, dnorm1 = self.before_backward(layer, operands, kept, dy, dz, sums, needs_input)
+        if isinstance(sums, Gradients):
+            return dz if needs_input else None, sums.sums(self.plans)
+        norms = [cast(Tensor, made).to(layer.input_layernorm.weight.dtype) for made in (dnorm1, dnorm2)]
+        return dz if needs_input else None, sums[::-1] + norms
 
-        dy = shared.take(gradients[1], down.plan.columns)
+    def after_backward(
+        self, layer: Any, operands: Operands, kept: Any, gradients: tuple[Tensor, Tensor], sums: Sums
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Back through the second half: gradients of the stream in its midst, of attention's output, of the norm."""
+        form, norm = self.shared.form, layer.post_attention_layernorm
+        _, output, gate_up, down = operands
+        dy = self.shared.take(gradients[1], down.plan.columns)
         _learn(sums, 3, down, dy, kept.gated, kept.h_down)
         kept.gated = None
         dy = rows.silu_mul_backward(kept.gate_up, down.backward(dy), form, gate_up.plan.columns)
         kept.gate_up = None
         _learn(sums, 2, gate_up, dy, kept.y2, kept.h2)
-        dx, dnorm1 = gate_up.backward(dy), None
-        dz, dy, dnorm2 = rows.norm_backward(
-            dx, kept.z2, norm2.weight, kept.rstd2, gradients[0], form, output.plan.columns
+        dx = gate_up.backward(dy)
+        dz, dy, dnorm = rows.norm_backward(
+            dx, kept.z2, norm.weight, kept.rstd2, gradients[0], form, output.plan.columns
         )
         _learn(sums, 1, output, dy, kept.mixed, kept.h_out)
-        dy = self._attention_backward(layer, place, kept, attended, output.backward(dy))
+        return dz, output.backward(dy), dnorm
+
+    def before_backward(
+        self, layer: Any, operands: Operands, kept: Any, dy: Rows, dz: Tensor, sums: Sums, needs_input: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Back through the first half, from dqkv as rows: gradients of the stream, and of the norm."""
+        qkv, norm, shared = operands[0], layer.input_layernorm, self.shared
         _learn(sums, 0, qkv, dy, kept.y1, kept.h1)
-        if needs_input or self.trains:
-            dx = qkv.backward(dy)
-            dz, dy, dnorm1 = rows.norm_backward(dx, kept.z1, norm1.weight, kept.rstd1, dz, form, down.plan.columns)
-            shared.handed = dz, dy
-        if isinstance(sums, Gradients):
-            return dz if needs_input else None, sums.sums(self.plans)
-        norms = [cast(Tensor, made).to(norm1.weight.dtype) for made in (dnorm1, dnorm2)]
-        return dz if needs_input else None, sums[::-1] + norms
+        if not (needs_input or self.trains):
+            return dz, None
+        dx, columns = qkv.backward(dy), operands[3].plan.columns
+        dz, dy, dnorm = rows.norm_backward(dx, kept.z1, norm.weight, kept.rstd1, dz, shared.form, columns)
+        shared.handed = dz, dy
+        return dz, dnorm
 
     def _attention_backward(
         self, layer: Any, place: tuple[Tensor, Tensor, Batch], kept: Any, attended: Attended, gradient: Tensor
-    ) -> Rows:
-        cos, sin, batch = place
-        head = layer.self_attn.head_dim
-        q, k, _ = layer.self_attn.qkv_proj.parts
-        dqkv = torch.empty_like(kept.qkv)
-        attend_backward(
-            gradient.view(len(gradient), -1, head), *heads(layer, kept.qkv), attended, batch, heads(layer, dqkv)
-        )
-        return rows.rope_backward(
-            dqkv, cos, sin, (q.stop + k.stop - k.start) // head, self.shared.form, self.plans[0].columns
-        )
+    ) -> Tensor:
+        dqkv, qkv = torch.empty_like(kept.qkv), heads(layer, kept.qkv)
+        gradient = gradient.view(len(gradient), -1, layer.self_attn.head_dim)
+        attend_backward(gradient, *qkv, attended, place[2], heads(layer, dqkv))
+        return dqkv
+
+    def turned_back(self, layer: Any, dqkv: Tensor, place: tuple[Tensor, Tensor, Batch]) -> Rows:
+        """The gradient of q, k and v before rope, as rows."""
+        columns = self.plans[0].columns
+        return rows.rope_backward(dqkv, place[0], place[1], self._turning(layer), self.shared.form, columns)
 
 
-def _learn(sums: Gradients | list[Tensor], place: int, operand: Wide | Float8, dy: Rows, x: Rows, h: Tensor) -> None:
+def _learn(sums: Sums, place: int, operand: Wide | Float8, dy: Rows, x: Rows, h: Tensor) -> None:
     """The gradients of one product's adapters, or of its weight, into `sums`; dy is ready for `backward` then."""
     if not isinstance(sums, Gradients):
         sums.append(dy.values.t() @ x.values)
@@ -329,12 +326,12 @@ def _largest(adapters: Sequence[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm([adapter.detach() for adapter in adapters], float("inf")))
 
 
-def _few(kept: _Kept, form: Form) -> _Kept:
+def _few(kept: Kept, form: Form) -> Kept:
     """What selective recomputation keeps: attention, if it can go back without its graph, and both norms' inputs.
 
     And what is small beside what it saves: the first norm's output where it has 8 bits.
     """
-    few = _Kept(kept.z1, z2=kept.z2)
+    few = Kept(kept.z1, z2=kept.z2)
     if form.float8:
         few.rstd1, few.y1, few.h1 = kept.rstd1, kept.y1, kept.h1
     if kept.lse is not None:
@@ -364,7 +361,7 @@ class _Layer(torch.autograd.Function):
             ctx.form, ctx.layer, ctx.batch, ctx.recompute = form, layer, batch, recompute
             ctx.graph = attended.graph
             if recompute != "none":
-                kept = _few(kept, form.shared.form) if recompute == "selective" else _Kept(kept.z1)
+                kept = _few(kept, form.shared.form) if recompute == "selective" else Kept(kept.z1)
             ctx.operands = operands if recompute == "none" and form.lasting else None
             tensors, ctx.columns = kept.flat()
             ctx.save_for_backward(cos, sin, *adapters, *tensors)
@@ -376,10 +373,10 @@ class _Layer(torch.autograd.Function):
         form: FastLayer = ctx.form
         count = 2 * sum(len(plan.spans) for plan in form.plans)
         cos, sin, *left = ctx.saved_tensors
-        adapters, kept = left[:count], _Kept.unflat(left[count:], ctx.columns)
+        adapters, kept = left[:count], Kept.unflat(left[count:], ctx.columns)
         del left
         place = cos, sin, ctx.batch
-        operands = ctx.operands or form.operands(ctx.layer, adapters, ctx.batch)
+        operands = ctx.operands or form.operands(ctx.layer, adapters, ctx.batch, again=True)
         attended = Attended(cast(Tensor, kept.out), kept.lse, ctx.graph)
         if ctx.recompute != "none":
             done = attended if kept.lse is not None else None

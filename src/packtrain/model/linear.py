@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from packtrain.kernels.product import linear
 
 _SLOTS = (".adapters.", ".prompt.")
 """Where adapters sit, in a linear layer and in an attention: what is below is not the base model's."""
@@ -82,7 +83,7 @@ class Linear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T + b [T, out_features], without adapters."""
-        return F.linear(x, self.weight.to(x.dtype), self._bias(x.dtype))  # what trains may be fp32
+        return linear(x, self.weight.to(x.dtype), self._bias(x.dtype))  # what trains may be fp32
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         """b [out_features] in `dtype`; an adapter that has a bias of its own has it instead of the base's rows."""

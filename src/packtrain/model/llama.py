@@ -18,7 +18,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -29,10 +29,11 @@ from torch.utils.checkpoint import checkpoint
 
 from packtrain.batch import Batch
 from packtrain.kernels.attention import Kernel, attention, prepared
+from packtrain.kernels.elementwise import rms_norm, swiglu, turn
 from packtrain.kernels.loss import linear_cross_entropy
 from packtrain.model.config import LlamaConfig
 from packtrain.model.linear import Linear, Piece, TiedLinear, layout
-from packtrain.model.rope import cos_sin, rotate
+from packtrain.model.rope import cos_sin
 from packtrain.model.staging import Largest, Target, alone, staged
 
 __all__ = ["LlamaConfig", "LlamaDecoderLayer", "LlamaForCausalLM", "blocks", "draw"]
@@ -127,9 +128,17 @@ class LlamaDecoderLayer(nn.Module):
         """Of a layer that is recomputed, keep attention's inputs and output too: it is not computed twice."""
         self.fast: Callable[[LlamaDecoderLayer, Any, Rope, Batch], Any] | None = None
         """Another form of the same computation, over few kernels (model/fast.py)."""
+        self.away: Callable[[Any], AbstractContextManager[None]] | None = None
+        """What keeps the layer's input elsewhere until the backward (model/offload.py)."""
 
     def forward(self, x: Tensor, rope: Rope, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]."""
+        if self.away is None or not self.training:
+            return self._formed(x, rope, batch)
+        with self.away(x):
+            return self._formed(x, rope, batch)
+
+    def _formed(self, x: Tensor, rope: Rope, batch: Batch) -> Tensor:
         if self.fast is not None:
             return cast(Tensor, self.fast(self, x, rope, batch))
         if not (self.recompute and self.training):
@@ -186,7 +195,7 @@ class LlamaAttention(nn.Module):
         parts = self.qkv_proj.split(x, batch.keys.view(-1))
         q, k, v = (part.view(len(x), -1, self.head_dim) for part in parts)
         # Attention keeps v for its backward: as a view it would keep q and k from before their rotation as well.
-        return rotate(q, *rope), rotate(k, *rope), v.contiguous()
+        return turn(q, *rope), turn(k, *rope), v.contiguous()
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """-> [T, Hq, d]."""
@@ -208,8 +217,12 @@ class LlamaMLP(nn.Module):
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [T, D]."""
         keys = batch.keys.view(-1)
-        gate, up = self.gate_up_proj.split(x, keys)
-        return cast(Tensor, self.down_proj(F.silu(gate) * up, keys))
+        if self.gate_up_proj.adapters:
+            gate, up = self.gate_up_proj.split(x, keys)
+            gated = F.silu(gate) * up
+        else:
+            gated = swiglu(self.gate_up_proj.product(x))
+        return cast(Tensor, self.down_proj(gated, keys))
 
 
 class RMSNorm(nn.Module):
@@ -221,7 +234,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D] in x's dtype."""
+        """[T, D] -> [T, D] in x's dtype."""
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and not self.weight.requires_grad:
+            return rms_norm(x, self.weight, self.eps)
         return (self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)).to(x.dtype)
 
 

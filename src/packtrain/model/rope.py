@@ -1,8 +1,7 @@
-"""Rotary position embedding: angles once a batch, one rotation of queries and keys a layer.
+"""Rotary position embedding's angles, once a batch; kernels/elementwise.py turns queries and keys by them.
 
     RopeParameters                      Hugging Face's `rope_parameters`, of the four types Llama has used
     cos_sin(rope, ...)                  the batch's cosines and sines, from positions and documents
-    rotate(x, cos, sin)                 pairs (i, i + d / 2) turned by their angle
 
 Frequencies are made anew from the settings for every batch, some 64 numbers on the host: there is no buffer to
 initialise, move or shard, and nothing that fake tensors or the meta device could spoil.
@@ -69,12 +68,6 @@ def cos_sin(
         frequencies = queued(_frequencies(rope, head_dim), positions.device)
     angles = positions * frequencies.unsqueeze(-2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, H, d] turned by cos, sin [T, 1, d / 2] -> [T, H, d], contiguous."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def _frequencies(rope: RopeParameters, head_dim: int) -> Tensor:

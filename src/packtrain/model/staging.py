@@ -48,8 +48,9 @@ def staged(
     if local.dtype != float8.E4M3:
         yield local
         return
-    dtype = torch.float32 if local.device.type == "cpu" else torch.bfloat16
-    values = torch.empty(local.shape, dtype=dtype, device=local.device)
+    works = layer.weight_scale.device  # the weight itself may live on the host
+    dtype = torch.float32 if works.type == "cpu" else torch.bfloat16
+    values = torch.empty(local.shape, dtype=dtype, device=works)
     yield values
     top = values.abs().amax() if len(values) else values.new_zeros(())
     numbers, scale = float8.quantise_matrix(values, largest(model.get_parameter(name), top))

@@ -1,8 +1,8 @@
-"""AdamW without anything in fp32: bf16 moments, and bf16 weights that still add up small updates.
+"""AdamW without anything in fp32: moments of 2 bytes or of one, and bf16 weights that still add up small updates.
 
 A bf16 weight near 1 moves by 1/128 or not at all, so that updates of 1e-5 are all lost; and moments rounded to nearest
 stop following the gradient (1 - beta2 is less than half of bf16's last place: exp_avg_sq would never fall again).
-Three things keep that from happening, at 8 bytes an element where fp32 masters take 14:
+Three things keep that from happening, at 8 bytes an element, or 6, where fp32 masters take 14:
 
     remainder   int16 beside each bf16 weight: the low half of an fp32 sum whose high half is the weight. Kahan's
                 compensation, exact: what rounding takes from a weight is there in the next step, to the last bit
@@ -10,24 +10,27 @@ Three things keep that from happening, at 8 bytes an element where fp32 masters 
                 of the element and the step: the same on any number of ranks, and after a resume
     fp32        all arithmetic: in registers by a Triton kernel on GPUs, else some 2**25 elements at a time
 
+Moments are bf16, or those of matrices codes of 8 bits (codes.py). Gradients are read as they are, bf16 or fp32.
+
 After AnyPrecisionAdamW of PyTorch's torchdistx, which llama-recipes carries: that one rounds moments to nearest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from packtrain.kernels.rows import HAS_TRITON, INTERPRETED, by_triton
+from packtrain.optim import codes
 
 if HAS_TRITON and (torch.cuda.is_available() or INTERPRETED):
     from packtrain.optim.anyprecision_triton import update as triton_update
 
 BUCKET = 2**25
-"""Elements updated together: enough for a GPU, and the fp32 temporaries of one step stay below 1 GiB."""
+"""Elements of a value updated together: enough for a GPU, and the fp32 temporaries stay below 1 GiB."""
 
 MOMENTS = torch.bfloat16
 
@@ -36,7 +39,10 @@ HALF = 2**16
 
 
 class AnyPrecisionAdamW:
-    """AdamW over values of any float type. bf16 ones get remainders unless `use_kahan` is False."""
+    """AdamW over values of any float type. bf16 ones get remainders unless `use_kahan` is False.
+
+    `moments` 8bit: of those that have blocks; the others' stay bf16.
+    """
 
     def __init__(
         self,
@@ -47,150 +53,162 @@ class AnyPrecisionAdamW:
         eps: float,
         weight_decay: float,
         use_kahan: bool = True,
+        moments: Literal["bf16", "8bit"] = "bf16",
     ) -> None:
         self.lr = lr
         self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
         self._step = torch.zeros((), device=values[0].device)
-        dtypes = dict.fromkeys(value.dtype for value in values)
-        self._stores = [
-            _Store([(i, v) for i, v in enumerate(values) if v.dtype == dtype], use_kahan) for dtype in dtypes
-        ]
+        self._kept = [_Kept(value, use_kahan, codes.block_of(value) if moments == "8bit" else 0) for value in values]
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], refused: Tensor) -> None:
+    def step(self, gradients: Sequence[Tensor], refused: Tensor, factor: Tensor | None = None) -> None:
         """One update; nothing is waited for."""
         self._step.add_(1 - refused)
         step = self._step.double()  # 1 - 0.999 would lose four digits in fp32
         beta1, beta2 = self._betas
-        factors = torch.stack([self.lr / (1 - beta1**step), 1 / (1 - beta2**step)]).float()
-        flat = [gradient.reshape(-1) for gradient in gradients]
+        clip = torch.ones_like(step) if factor is None else factor.to(step)
+        factors = torch.stack([self.lr / (1 - beta1**step), 1 / (1 - beta2**step), clip]).float()
         update = self._update_in_registers if by_triton(self._step) else self._update
-        for store in self._stores:
-            for bucket in store.buckets:
-                update(store, bucket, flat, factors, refused)
+        for kept, gradient in zip(self._kept, gradients, strict=True):
+            if gradient.numel() > 0:
+                update(kept, gradient.reshape(-1), factors, refused)
 
     def state(self) -> list[dict[str, Tensor]]:
-        """`step` (one for all), `exp_avg` and `exp_avg_sq` bf16, `remainder` int16 where one is kept."""
-        found = dict(pair for store in self._stores for pair in store.state())
-        return [{"step": self._step, **found[i]} for i in sorted(found)]
+        """`step` (one for all); `exp_avg` and `exp_avg_sq` bf16, or NAME_codes uint8 and NAME_scales fp32, one a block.
 
-    def _update(
-        self, store: _Store, bucket: _Bucket, gradients: Sequence[Tensor], factors: Tensor, refused: Tensor
-    ) -> None:
+        `remainder` int16 where one is kept.
+        """
+        return [{"step": self._step, **kept.state()} for kept in self._kept]
+
+    def _update(self, kept: _Kept, gradient: Tensor, factors: Tensor, refused: Tensor) -> None:
         (beta1, beta2), stays = self._betas, refused > 0
-        gradient = _cat([gradients[piece.number][piece.start : piece.stop] for piece in bucket.pieces])
-        old, old_sq = store.exp_avg[bucket.span].float(), store.exp_avg_sq[bucket.span].float()
-        mean = torch.where(stays, old, old.lerp(gradient, 1 - beta1))
-        square = torch.where(stays, old_sq, (old_sq * beta2).addcmul_(gradient, gradient, value=1 - beta2))
-        del gradient, old, old_sq
-        update = (mean / (square * factors[1]).sqrt_().add_(self._eps)).mul_(factors[0])
-        value = store.read(bucket)
-        store.write(bucket, torch.where(stays, value, (value * (1 - self.lr * self._weight_decay)).sub_(update)))
-        chance = _hash(mean, self._step)
-        _round_(mean, chance & (HALF - 1))
-        _round_(square, (chance >> 16) & (HALF - 1))
-        store.exp_avg[bucket.span] = mean
-        store.exp_avg_sq[bucket.span] = square
+        for span in kept.spans():
+            grown = gradient[span].float() * factors[2]
+            mean = kept.exp_avg.read(span).lerp_(grown, 1 - beta1)
+            square = (kept.exp_avg_sq.read(span) * beta2).addcmul_(grown, grown, value=1 - beta2)
+            del grown
+            update = (mean / (square * factors[1]).sqrt_().add_(self._eps)).mul_(factors[0])
+            value = kept.read(span)
+            kept.write(span, torch.where(stays, value, (value * (1 - self.lr * self._weight_decay)).sub_(update)))
+            chance = _hash(mean, self._step)
+            kept.exp_avg.write(span, mean, chance, stays)
+            kept.exp_avg_sq.write(span, square, chance, stays)
 
-    def _update_in_registers(
-        self, store: _Store, bucket: _Bucket, gradients: Sequence[Tensor], factors: Tensor, refused: Tensor
-    ) -> None:
-        place = bucket.span.start
-        for piece in bucket.pieces:
-            span = slice(place, place := place + piece.stop - piece.start)
-            triton_update(
-                piece.view,
-                None if store.remainder is None else store.remainder[span],
-                store.exp_avg[span],
-                store.exp_avg_sq[span],
-                gradients[piece.number][piece.start : piece.stop],
-                factors,
-                self._step,
-                refused,
-                decay=1 - self.lr * self._weight_decay,
-                betas=self._betas,
-                eps=self._eps,
-            )
+    def _update_in_registers(self, kept: _Kept, gradient: Tensor, factors: Tensor, refused: Tensor) -> None:
+        triton_update(
+            kept.flat,
+            None if kept.remainder is None else kept.remainder.view(-1),
+            kept.exp_avg.held,
+            kept.exp_avg_sq.held,
+            gradient,
+            factors,
+            self._step,
+            refused,
+            decay=1 - self.lr * self._weight_decay,
+            betas=self._betas,
+            eps=self._eps,
+        )
 
 
-class _Piece(NamedTuple):
-    """Elements [start, stop) of a value, by its `number`, and a view of them."""
+class _Kept:
+    """A value and what is kept beside it. A `span` is a slice of its elements in their order."""
 
-    number: int
-    start: int
-    stop: int
-    view: Tensor
+    def __init__(self, value: Tensor, use_kahan: bool, block: int) -> None:
+        """`block`: elements that share a moment's scale, or 0."""
+        self.flat = value.view(-1)
+        keeps = use_kahan and value.dtype == torch.bfloat16
+        self.remainder = torch.zeros_like(value, dtype=torch.int16) if keeps else None
+        self.exp_avg, self.exp_avg_sq = (
+            _Codes(value, block, first) if block else _Moment(value, first) for first in (True, False)
+        )
+        unit = max(block, 1)
+        self._length = max(BUCKET // unit, 1) * unit
 
+    def spans(self) -> Iterator[slice]:
+        """All elements, as many at a time as are updated together: whole blocks."""
+        for start in range(0, self.flat.numel(), self._length):
+            yield slice(start, min(start + self._length, self.flat.numel()))
 
-class _Bucket(NamedTuple):
-    """Pieces that are updated together, and where they lie in the store's flat tensors."""
-
-    span: slice
-    pieces: list[_Piece]
-
-
-class _Store:
-    """The states of all values of one dtype, end to end in one tensor each."""
-
-    def __init__(self, values: list[tuple[int, Tensor]], use_kahan: bool) -> None:
-        self._values = values
-        first = values[0][1]
-        total = sum(value.numel() for _, value in values)
-        self.exp_avg = torch.zeros(total, dtype=MOMENTS, device=first.device)
-        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
-        keeps = use_kahan and first.dtype == torch.bfloat16
-        self.remainder = torch.zeros_like(self.exp_avg, dtype=torch.int16) if keeps else None
-        self.buckets = list(_buckets(values))
-
-    def read(self, bucket: _Bucket) -> Tensor:
-        """The values as fp32, a copy: with what their remainders add."""
-        stored = _cat([piece.view for piece in bucket.pieces])
+    def read(self, span: slice) -> Tensor:
+        """The value as fp32, a copy: with what its remainder adds."""
+        stored = self.flat[span]
         if self.remainder is None:
             return stored.to(torch.float32, copy=True)
-        return (stored.view(torch.int16).int() << 16).add_(self.remainder[bucket.span]).view(torch.float32)
+        return (stored.view(torch.int16).int() << 16).add_(self.remainder.view(-1)[span]).view(torch.float32)
 
-    def write(self, bucket: _Bucket, value: Tensor) -> None:
-        """fp32 into the values, rounded to nearest; what is left over into their remainders."""
-        stored = value
-        if self.remainder is not None:
-            bits = value.view(torch.int32)
-            high = (bits + HALF // 2) >> 16
-            self.remainder[bucket.span] = bits - (high << 16)
-            stored = high.to(torch.int16).view(torch.bfloat16)
-        parts = torch.split(stored, [piece.stop - piece.start for piece in bucket.pieces])
-        torch._foreach_copy_([piece.view for piece in bucket.pieces], list(parts))
+    def write(self, span: slice, value: Tensor) -> None:
+        """fp32 into the value, rounded to nearest; what is left over into its remainder."""
+        if self.remainder is None:
+            self.flat[span] = value
+            return
+        bits = value.view(torch.int32)
+        high = (bits + HALF // 2) >> 16
+        self.remainder.view(-1)[span] = bits - (high << 16)
+        self.flat[span] = high.to(torch.int16).view(torch.bfloat16)
 
-    def state(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Each value's number and its states, as views of its shape."""
-        names = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        names |= {} if self.remainder is None else {"remainder": self.remainder}
-        place = 0
-        for index, value in self._values:
-            yield index, {name: flat[place : place + value.numel()].view_as(value) for name, flat in names.items()}
-            place += value.numel()
+    def state(self) -> dict[str, Tensor]:
+        """Live tensors of the value's rows."""
+        found = self.exp_avg.state("exp_avg") | self.exp_avg_sq.state("exp_avg_sq")
+        return found if self.remainder is None else found | {"remainder": self.remainder}
 
 
-def _buckets(values: list[tuple[int, Tensor]]) -> Iterator[_Bucket]:
-    """Values end to end, cut every `BUCKET` elements."""
-    pieces: list[_Piece] = []
-    begin = end = 0
-    for index, value in values:
-        flat, done = value.view(-1), 0
-        while done < flat.numel():
-            stop = min(flat.numel(), done + BUCKET - (end - begin))
-            pieces.append(_Piece(index, done, stop, flat[done:stop]))
-            end += stop - done
-            done = stop
-            if end - begin == BUCKET:
-                yield _Bucket(slice(begin, end), pieces)
-                begin, pieces = end, []
-    if pieces:
-        yield _Bucket(slice(begin, end), pieces)
+class _Moment:
+    """A moment in bf16, the `first` one (which may be negative) or the second."""
+
+    def __init__(self, value: Tensor, first: bool) -> None:
+        self._whole = torch.zeros_like(value, dtype=MOMENTS)
+        self._shift = 0 if first else 16
+
+    @property
+    def held(self) -> tuple[Tensor, Tensor | None]:
+        """Flat: what an element has, and what a block has."""
+        return self._whole.view(-1), None
+
+    def read(self, span: slice) -> Tensor:
+        """fp32, a copy."""
+        return self.held[0][span].to(torch.float32, copy=True)
+
+    def write(self, span: slice, value: Tensor, chance: Tensor, stays: Tensor) -> None:
+        """fp32, used up; each moment rounds by other bits of the `chance`. Nothing where it `stays` (0-dim)."""
+        _round_(value, (chance >> self._shift) & (HALF - 1))
+        part = self.held[0][span]
+        part.copy_(torch.where(stays, part, value.to(part.dtype)))
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Of the value's shape."""
+        return {name: self._whole}
 
 
-def _cat(parts: list[Tensor]) -> Tensor:
-    """One flat tensor; a single part is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+class _Codes:
+    """The same in 8 bits."""
+
+    def __init__(self, value: Tensor, block: int, first: bool) -> None:
+        self._codes = torch.zeros_like(value, dtype=torch.uint8)
+        self._scales = torch.zeros(value.shape[0], value.shape[1] // block, device=value.device)
+        self._block, self._first = block, first
+        self._shift = 0 if first else 32 - codes.CUT
+
+    @property
+    def held(self) -> tuple[Tensor, Tensor | None]:
+        """Flat: what an element has, and what a block has."""
+        return self._codes.view(-1), self._scales.view(-1)
+
+    def read(self, span: slice) -> Tensor:
+        """fp32, a copy."""
+        return codes.decode(*self._parts(span), signed=self._first)
+
+    def write(self, span: slice, value: Tensor, chance: Tensor, stays: Tensor) -> None:
+        """As `_Moment.write`."""
+        made = codes.encode(value, (chance >> self._shift) & (2**codes.CUT - 1), self._block, signed=self._first)
+        for part, new in zip(self._parts(span), made, strict=True):
+            part.copy_(torch.where(stays, part, new))
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Of the value's rows."""
+        return {f"{name}_codes": self._codes, f"{name}_scales": self._scales}
+
+    def _parts(self, span: slice) -> tuple[Tensor, Tensor]:
+        return self._codes.view(-1)[span], self._scales.view(-1)[span.start // self._block : span.stop // self._block]
 
 
 def _round_(value: Tensor, chance: Tensor) -> None:

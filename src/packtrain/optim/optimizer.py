@@ -1,14 +1,15 @@
 """The optimizer as a step sees it: gradients in, one update out, whatever the rule and wherever the weights are.
 
-A trainable parameter has three things on a rank: its local rows, the value that the rule changes, and an fp32
-gradient. For an fp32 parameter they are its own. For a bf16 or fp16 one the value is an fp32 master, unless the rule
-can do without, and each micro-batch's gradient is moved into an fp32 sum as soon as it is there: added up in bf16,
-many small gradients would vanish beside their sum.
+A trainable parameter has three things on a rank: its local rows, the value that the rule changes, and a gradient. For
+an fp32 parameter they are its own. For a bf16 or fp16 one the value is an fp32 master, unless the rule can do without,
+and gradients are added up in fp32: in bf16 many small ones would vanish beside their sum. What is no sum, the only
+micro-batch's gradient, stays as it came if the rule reads it so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 from weakref import WeakMethod
 
 import torch
@@ -44,6 +45,7 @@ class Weight:
         self.value = self.local.float() if needs_master else self.local
         """What the rule changes; shares the parameter's storage unless it is a master."""
         self._sum: Tensor | None = None
+        """fp32, or the parameter's dtype: a single gradient, of a value that is no master."""
         if not self.is_fp32:
             mine = WeakMethod(self._collect)  # else parameter and hook would keep one another for ever
 
@@ -59,14 +61,22 @@ class Weight:
             return
         gradient, _ = local_rows(parameter.grad)
         _wait_for_the_host_copy(parameter.grad, gradient)
-        self._sum = gradient.float() if self._sum is None else self._sum.add_(gradient)
+        if self._sum is not None:
+            self._sum = self._sum.float().add_(gradient)
+        else:
+            self._sum = gradient.float() if self.has_master else gradient
         parameter.grad = None
 
-    def gradient(self) -> Tensor:
-        """fp32, of the local rows; changing it in place changes the step. No gradient is a zero one, on every rank."""
+    def gradient(self, *, fp32: bool = False) -> Tensor:
+        """Of the local rows; changing it in place changes the step. No gradient is a zero one, on every rank.
+
+        The parameter's dtype if it is a single one of a value that is no master, else fp32, or always if asked.
+        """
         if not self.is_fp32:
             if self._sum is None:
-                self._sum = torch.zeros_like(self.local, dtype=torch.float32)
+                self._sum = torch.zeros_like(self.value)
+            if fp32:
+                self._sum = self._sum.float()
             return self._sum
         if self.parameter.grad is None:
             self.parameter.grad = torch.zeros_like(self.parameter)
@@ -88,7 +98,7 @@ class Optimizer:
 
     `trainable` maps names to parameters, plain or sharded; their values are read at the start, so weights are loaded
     before. `rule` is one of RULES: all but anyprecision change fp32 masters of parameters that are not fp32, and
-    anyprecision those of fp16 ones. `use_kahan` is anyprecision's; `fp16` scales losses.
+    anyprecision those of fp16 ones. `use_kahan` and `moments` are anyprecision's; `fp16` scales losses.
     """
 
     def __init__(
@@ -101,6 +111,7 @@ class Optimizer:
         weight_decay: float = 0.0,
         rule: str = "AdamW",
         use_kahan: bool = True,
+        moments: Literal["bf16", "8bit"] = "bf16",
         fp16: bool = False,
     ) -> None:
         if not trainable:
@@ -111,7 +122,7 @@ class Optimizer:
             for name, parameter in trainable.items()
         }
         values = [weight.value for weight in self._weights.values()]
-        settings = {"use_kahan": use_kahan} if rule == "anyprecision" else {}
+        settings = {"use_kahan": use_kahan, "moments": moments} if rule == "anyprecision" else {}
         self._rule = RULES[rule](values, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **settings)
         self._verdict = torch.zeros((), device=values[0].device)
         self._loss_scale = LossScale(values[0].device) if fp16 else None
@@ -125,9 +136,12 @@ class Optimizer:
         return loss * self._loss_scale.scale.to(loss.device)
 
     @torch.no_grad()
-    def gradients(self) -> list[Tensor]:
-        """fp32 gradients of this rank's rows, in the order of `trainable`; changing them in place changes the step."""
-        found = [weight.gradient() for weight in self._weights.values()]
+    def gradients(self, *, fp32: bool = False) -> list[Tensor]:
+        """Gradients of this rank's rows, in the order of `trainable`; changing them in place changes the step.
+
+        fp32, or as in `Weight.gradient`; with `fp32` all of them are, and stay so until `zero_grad`.
+        """
+        found = [weight.gradient(fp32=fp32) for weight in self._weights.values()]
         if self._loss_scale is not None and self._scaled:
             torch._foreach_mul_(found, 1.0 / self._loss_scale.scale)
             self._scaled = False
@@ -135,12 +149,19 @@ class Optimizer:
 
     @torch.no_grad()
     def step(
-        self, found_inf: Tensor, *, latches: bool = True, refused: Tensor | None = None, stands: Tensor | None = None
+        self,
+        found_inf: Tensor,
+        *,
+        factor: Tensor | None = None,
+        latches: bool = True,
+        refused: Tensor | None = None,
+        stands: Tensor | None = None,
     ) -> None:
         """One update, or none if `found_inf` (0-dim fp32, 0 or 1) is 1 or was since `clear`; nothing is waited for.
 
         With fp16 an overflow refuses its own step and halves the scale; only at the lowest scale does it stand.
         Without `latches` it never does. `refused` leaves out this update for another reason, `stands` later ones too.
+        Gradients count `factor` times (0-dim fp32), and may have been multiplied by it then.
         """
         if self._reader is not None:
             self._reader.wait()
@@ -153,7 +174,7 @@ class Optimizer:
         left_out = torch.maximum(self._verdict, found)
         if refused is not None:
             left_out = torch.maximum(left_out, refused.to(left_out.device))
-        self._rule.step(self.gradients(), left_out)
+        self._rule.step(self.gradients(), left_out, factor)
         kept = [weight for weight in self._weights.values() if weight.has_master]
         if kept:
             torch._foreach_copy_([weight.local for weight in kept], [weight.value for weight in kept])

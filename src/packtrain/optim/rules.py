@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -12,11 +11,9 @@ import torch
 from torch import Tensor
 
 from packtrain.errors import UserError
+from packtrain.optim.codes import block_of
 
 NO_TORCHAO = "--optimizer adamw8bit: needs torchao, which is not installed here: pip install torchao"
-
-SMALLEST_BLOCK = 32
-"""Elements that share a scale; fewer would cost more than they save."""
 
 
 class Rule(Protocol):
@@ -25,8 +22,11 @@ class Rule(Protocol):
     lr: float
     """Of the next step."""
 
-    def step(self, gradients: Sequence[Tensor], refused: Tensor) -> None:
-        """Change the values by their fp32 gradients; nothing, the count too, if `refused` (0-dim fp32, 0 or 1) is 1."""
+    def step(self, gradients: Sequence[Tensor], refused: Tensor, factor: Tensor | None = None) -> None:
+        """Change the values by their gradients, times `factor` (0-dim fp32) if there is one.
+
+        Nothing, the count too, if `refused` (0-dim fp32, 0 or 1) is 1. Gradients are fp32, or of their value's dtype.
+        """
 
     def state(self) -> list[dict[str, Tensor]]:
         """Each value's live tensors."""
@@ -51,8 +51,9 @@ class AdamW:
                 "exp_avg_sq": torch.zeros_like(value),
             }
 
-    def step(self, gradients: Sequence[Tensor], refused: Tensor) -> None:
+    def step(self, gradients: Sequence[Tensor], refused: Tensor, factor: Tensor | None = None) -> None:
         """One update; nothing is waited for."""
+        _multiply_(gradients, factor)
         self._refused.copy_(refused)
         self._adamw.param_groups[0]["lr"] = self.lr
         _run(self._adamw, self._values, gradients)
@@ -65,8 +66,7 @@ class AdamW:
 class AdamW8bit:
     """torchao's AdamW over fp32 values: moments of 8 bits, and a scale a block (Dettmers et al., arXiv 2110.02861).
 
-    Blocks are up to 256 neighbours of one row, so that a row's codes do not depend on which rows a rank holds. Vectors,
-    and matrices whose rows no block of `SMALLEST_BLOCK` or more divides, keep fp32 moments.
+    Blocks are up to 256 neighbours of one row (codes.py); what has none keeps fp32 moments.
     """
 
     def __init__(
@@ -86,10 +86,11 @@ class AdamW8bit:
                 "exp_avg_sq": _moment(value, signed=False),
             }
 
-    def step(self, gradients: Sequence[Tensor], refused: Tensor) -> None:
+    def step(self, gradients: Sequence[Tensor], refused: Tensor, factor: Tensor | None = None) -> None:
         """One update. The host waits for the verdict: torchao's step takes none."""
         if refused.item():
             return
+        _multiply_(gradients, factor)
         self._adamw.param_groups[0]["lr"].fill_(self.lr)
         _run(self._adamw, self._held, [gradient for gradient in gradients if gradient.numel() > 0])
 
@@ -103,8 +104,7 @@ class AdamW8bit:
 
 def _moment(value: Tensor, signed: bool) -> Tensor:
     """Zeros, in 8 bits if the shape allows it."""
-    block = math.gcd(value.shape[-1], 256) if value.ndim == 2 else 0
-    if block < SMALLEST_BLOCK:
+    if not (block := block_of(value)):
         return torch.zeros_like(value)
     made: Any = importlib.import_module("torchao.optim.subclass_8bit").OptimState8bit
     zeros: Tensor = made.zeros(value.shape, signed, block, value.device, dtype=value.dtype)
@@ -122,6 +122,11 @@ def _plain(name: str, state: Any) -> Iterator[tuple[str, Tensor]]:
 def has_torchao() -> bool:
     """Whether torchao is installed."""
     return importlib.util.find_spec("torchao") is not None
+
+
+def _multiply_(gradients: Sequence[Tensor], factor: Tensor | None) -> None:
+    if factor is not None:
+        torch._foreach_mul_(list(gradients), factor.to(gradients[0].device))
 
 
 def _run(optimizer: torch.optim.Optimizer, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

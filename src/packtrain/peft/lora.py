@@ -18,9 +18,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from packtrain.errors import raise_if
+from packtrain.kernels.product import linear
 from packtrain.kernels.random import dropout
 from packtrain.model.config import LlamaConfig
 from packtrain.model.linear import Linear, Part, Piece, layout, linear_parts
@@ -64,7 +64,7 @@ class LoraAdapter(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """x [T, in], y [T, out], keys int64 [T] (what dropout is drawn from) -> [T, out]."""
-        return y + F.linear(self.columns(x, keys), self.lora_B.to(x.dtype))
+        return y + linear(self.columns(x, keys), self.lora_B.to(x.dtype))
 
     def columns(self, x: Tensor, keys: Tensor) -> Tensor:
         """scale * dropout(x) A^T [T, r] in x's dtype, for a kernel (the loss) that multiplies it by B^T itself."""
@@ -73,7 +73,7 @@ class LoraAdapter(nn.Module):
     def _down(self, x: Tensor, keys: Tensor) -> Tensor:
         if self.training and self.dropout > 0:
             x = dropout(x, keys, self.name, self.dropout)
-        return F.linear(x, self.lora_A.to(x.dtype))
+        return linear(x, self.lora_A.to(x.dtype))
 
 
 class TrainedBias(nn.Module):
@@ -100,7 +100,7 @@ class SavedPart(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """x [T, in] -> [T, out] in x's dtype; y and keys are the slot's and not used."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def problems(model: nn.Module, settings: LoraSettings) -> list[str]:

@@ -22,7 +22,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from packtrain import log
@@ -198,13 +198,18 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     """Operation -> (arguments, out_val) -> FLOPs: torch's, and those it has not or counts another way."""
     aten = torch.ops.aten
     formulas = dict(flop_registry)
-    formulas[aten.addmm_] = formulas[aten.addmm]
+    formulas[aten.addmm_] = formulas[aten.addmm] = _addmm
     for name in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"):
         forward = getattr(aten, f"_scaled_dot_product_{name}")
         backward = getattr(aten, f"_scaled_dot_product_{name}_backward")
         formulas[forward] = _attention(forward, first=0, ratio=1.0)
         formulas[backward] = _attention(backward, first=1, ratio=ATTENTION_BACKWARD)
     return formulas
+
+
+def _addmm(summed: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """torch's own formula takes the dtype of a sum in fp32, which stands fourth, for the result's shape."""
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1]
 
 
 def _attention(op: Any, first: int, ratio: float) -> Callable[..., int]:

@@ -15,11 +15,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from packtrain.batch import Batch
 from packtrain.configs.run import RunConfig
-from packtrain.distributed.parallelize import local_rows
+from packtrain.distributed.parallelize import local_rows, sums_after
 from packtrain.distributed.place import Place
 from packtrain.errors import Fault
 from packtrain.kernels.loss import CHUNK_LOGITS
 from packtrain.model.activations import kept_bytes
+from packtrain.model.streaming import streamable
 from packtrain.optim import Optimizer
 from packtrain.peft.trainable import trainable
 
@@ -53,23 +54,32 @@ class Shortage:
     def _sizes(self, tokens: int, batches: Sequence[Batch]) -> Iterator[tuple[str, int]]:
         """(what, bytes on this rank)."""
         model, learns = self._model, trainable(self._model)
-        yield "weights", _bytes([*(local_rows(p)[0] for p in model.parameters()), *model.buffers()])
-        yield "gradients", 4 * sum(local_rows(parameter)[0].numel() for parameter in learns.values())
+        held = [*(local_rows(p)[0] for p in model.parameters()), *model.buffers()]
+        yield "weights", _bytes(tensor for tensor in held if tensor.device.type == self._place.device.type)
+        yield "gradients", sum(self._gradient_bytes(name, parameter) for name, parameter in learns.items())
         yield "optimizer state", _bytes(t for state in self._optimizer.state().values() for t in state.values())
         if tokens:
             layers = cast(Any, model).model.layers
             kind = self._recompute
-            rest = "inputs" if kind == "full" else "activations"
+            rest = "inputs" if kind in {"full", "offload"} else "activations"
             form = None if layers[0].fast is None else layers[0].fast.shared.form
             yield f"{rest} of {len(layers)} layers", kept_bytes(model, tokens, kind, form)
             vocabulary = cast(Any, model).config.vocab_size
             labels = max(batch.count for batch in batches)
             yield "logits", 8 * vocabulary * min(labels, max(1, CHUNK_LOGITS // vocabulary))
 
+    def _gradient_bytes(self, name: str, parameter: nn.Parameter) -> int:
+        """fp32 of what is a sum or goes to a master; else as it comes."""
+        summed = self._cfg.train_config.gradient_accumulation_steps > 1 or sums_after(self._model, self._place)
+        wide = summed or "master" in self._optimizer.state()[name]
+        return local_rows(parameter)[0].numel() * (4 if wide else parameter.itemsize)
+
     @property
     def _recompute(self) -> Any:
         """As the layers were made, whatever auto chose."""
         layer = cast(Any, self._model).model.layers[0]
+        if layer.away is not None:
+            return "offload"
         if layer.fast is not None:
             return layer.fast.recompute
         if not layer.recompute:
@@ -81,8 +91,10 @@ class Shortage:
         train, ways = self._cfg.train_config, []
         rows = train.batch_size_training
         grows = largest == "logits" or "layers" in largest
-        if batches and self._recompute != "full":
+        if batches and self._recompute not in {"full", "offload"}:
             ways.append("--activation_checkpointing full (a third more computing)")
+        elif batches and self._recompute == "full" and self._place.device.type == "cuda":
+            ways.append("--activation_checkpointing offload (the host's memory takes the layers' inputs)")
         if batches and rows > 1:
             half, twice = rows // 2, 2 * train.gradient_accumulation_steps
             same = "the same numbers" if rows % 2 == 0 else f"steps of {half * twice} rows a worker instead of {rows}"
@@ -94,6 +106,12 @@ class Shortage:
         held = self._less_held()
         return [*ways, *held] if grows else [*held, *ways]
 
+    @property
+    def _could_stream(self) -> bool:
+        """Whether layers could live on the host as they are, one process's."""
+        on_gpu = self._place.device.type == "cuda" and not isinstance(self._model, FSDPModule)
+        return on_gpu and cast(Any, self._model).model.layers[0].fast is not None and bool(streamable(self._model))
+
     def _less_held(self) -> list[str]:
         """Ways to keep less from step to step."""
         train, fsdp, ways = self._cfg.train_config, self._cfg.fsdp_config, []
@@ -103,10 +121,16 @@ class Shortage:
             ways.append("--quantization 4bit")
         if self._place.world_size > 1 and fsdp.sharding_strategy == "NO_SHARD":
             ways.append("--sharding_strategy FULL_SHARD")
-        elif self._place.world_size > 1 and not fsdp.fsdp_cpu_offload:
+        elif isinstance(self._model, FSDPModule) and not fsdp.fsdp_cpu_offload:
             ways.append("--fsdp_cpu_offload (slow)")
+        elif self._could_stream and not fsdp.fsdp_cpu_offload:
+            ways.append("--fsdp_cpu_offload, which keeps what does not fit of the frozen base on the host")
+        if train.gpu_memory_limit:
+            ways.append("a higher --gpu_memory_limit")
         if not train.use_peft and not fsdp.pure_bf16:
-            ways.append("--pure_bf16 --optimizer anyprecision, 8 bytes a weight instead of 14")
+            ways.append("--pure_bf16 --optimizer anyprecision --moments 8bit, 6 bytes a weight instead of 14")
+        elif not train.use_peft and fsdp.optimizer == "anyprecision" and fsdp.moments == "bf16":
+            ways.append("--moments 8bit, 6 bytes a weight instead of 8")
         return ways or ["a smaller model, or more GPUs"]
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from packtrain.batch import Batch, queued
 from packtrain.distributed.collectives import sum_
-from packtrain.distributed.parallelize import reduce_gradients, set_gradient_sync
+from packtrain.distributed.parallelize import reduce_gradients, set_gradient_sync, sums_after
 from packtrain.distributed.place import Place, is_out_of_memory
-from packtrain.optim import Optimizer, clip_, grad_norm, not_finite
+from packtrain.optim import Optimizer, clip_factor, grad_norm, not_finite
 
 LABELS, INPUTS, STOP, SAVE, FAILED = range(5)
 VECTOR = 5
@@ -103,13 +103,12 @@ def train_step(
             raise error
         optimizer.zero_grad()
         batches = smaller(error)
-    gradients = optimizer.gradients()
+    gradients = optimizer.gradients(fp32=sums_after(model, place))
     reduce_gradients(model, gradients, place)
     norm = grad_norm(gradients, model, place, beside=losses)
-    if clip is not None:
-        clip_(gradients, norm, clip)
+    factor = None if clip is None else clip_factor(norm, clip)
     loss = losses.sum() / agreed[LABELS]
-    verdict = _update(optimizer, guard, loss, norm, agreed[LABELS])
+    verdict = _update(optimizer, guard, loss, norm, factor, agreed[LABELS])
     optimizer.zero_grad()
     tail = torch.zeros(place.world_size)
     tail[place.rank] = memory()
@@ -144,7 +143,9 @@ def _gradients(
     return None
 
 
-def _update(optimizer: Optimizer, guard: Guard, loss: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
+def _update(
+    optimizer: Optimizer, guard: Guard, loss: Tensor, norm: Tensor, factor: Tensor | None, labels: Tensor
+) -> Tensor:
     """Take the update, unless the numbers that all ranks share forbid it; returns the verdict, 0-dim fp32."""
     empty = (labels == 0).float()
     infinite = torch.maximum(not_finite(norm), not_finite(loss) * (1 - empty))
@@ -154,6 +155,7 @@ def _update(optimizer: Optimizer, guard: Guard, loss: Tensor, norm: Tensor, labe
         spike = above.any().float() * (1 - infinite) * (1 - empty)
     optimizer.step(
         found_inf=infinite,
+        factor=factor,
         latches=guard.latches,
         refused=torch.maximum(empty, spike) if guard.refuses_spikes else empty,
         stands=spike if guard.spikes_latch else None,

@@ -24,10 +24,9 @@ def sharding_line(cfg: RunConfig, place: Place) -> str:
     fsdp = cfg.fsdp_config
     groups = fsdp.sharding_group_size, fsdp.replica_group_size
     _, shards = group_sizes(place.world_size, place.local_world_size, fsdp.sharding_strategy, *groups)
-    home = ""
-    if fsdp.fsdp_cpu_offload:
-        idle = f" (so {cfg.place('fsdp_config.fsdp_cpu_offload')} has no effect)"
-        home = ", shards in host memory" if shards > 1 else idle
+    home = ", shards in host memory" if fsdp.fsdp_cpu_offload and shards > 1 else ""
+    if fsdp.fsdp_cpu_offload and not home and place.device.type == "cpu":
+        home = f", and in host memory without {cfg.place('fsdp_config.fsdp_cpu_offload')} too"
     if place.world_size == 1:
         return f"one rank on {place.device}: the model is not sharded{home}"
     asked = "" if cfg.train_config.enable_fsdp else " (several ranks always shard; --enable_fsdp says so)"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from packtrain.batch import Batch
+from packtrain.kernels import attention_cpu
 from packtrain.kernels.attention import attention
 
 
@@ -69,6 +70,29 @@ def test_documents(lengths: tuple[int, ...], kv_heads: int, group: int, width: i
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
 def test_whole_rows(heads: tuple[int, int]) -> None:
     compare((12, 12, 12), *heads, 8, batch_of((12, 12, 12), rows=3, whole_rows=True))
+
+
+@pytest.mark.parametrize("lengths", [(1, 2, 3, 4, 5, 16), (9, 4), (1,)])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+def test_gradients_by_blocks(lengths: tuple[int, ...], heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cpu, "LEAST", 1)
+    monkeypatch.setattr(attention_cpu, "BLOCK", 4)
+    monkeypatch.setattr(attention_cpu, "MOST_THREADS", torch.get_num_threads())
+    compare(lengths, *heads, 8, batch_of(lengths))
+    compare(lengths[:1] * 3, *heads, 8, batch_of(lengths[:1] * 3, rows=3, whole_rows=True))
+
+
+def test_who_goes_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cpu, "MOST_THREADS", torch.get_num_threads())
+    long, short = (torch.zeros(1, length, 2, 8).requires_grad_() for length in (300, 30))
+    assert attention_cpu.suits(long, long, long)
+    assert not attention_cpu.suits(short, short, short)
+    assert not attention_cpu.suits(*[long.detach()] * 3)
+    assert not attention_cpu.suits(*[long.bfloat16()] * 3)
+    with torch.no_grad():
+        assert not attention_cpu.suits(long, long, long)
+    monkeypatch.setattr(attention_cpu, "MOST_THREADS", torch.get_num_threads() - 1)
+    assert not attention_cpu.suits(long, long, long)
 
 
 def test_a_document_gives_the_same_bits_beside_any_other() -> None:

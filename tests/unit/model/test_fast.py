@@ -254,15 +254,22 @@ class _Back(torch.autograd.Function):
 @pytest.fixture
 def rounding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Plain layers round their inputs, and their outputs' gradients, as float8 layers do."""
-    exact = Linear.split
+    exact, exact_product = Linear.split, Linear.product
 
     def split(self: Linear, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
-        if self.parts[0].name == "lm_head":
+        if not self.adapters:
             return exact(self, x, keys)
         y = torch.cat(exact(self, _Straight.apply(x), keys), 1)
         return torch.split(_Back.apply(y), [part.stop - part.start for part in self.parts], 1)
 
+    def product(self: Linear, x: Tensor) -> Tensor:
+        if self.adapters or self.parts[0].name == "lm_head":
+            return exact_product(self, x)
+        y: Tensor = _Back.apply(exact_product(self, _Straight.apply(x)))
+        return y
+
     monkeypatch.setattr(Linear, "split", split)
+    monkeypatch.setattr(Linear, "product", product)
     return
 
 
@@ -294,6 +301,25 @@ def test_float8_recomputed_gives_the_same_bits(recompute: fast.Recompute) -> Non
     kept, again = run(made(FLOAT8), batch()), run(made(FLOAT8, recompute), batch())
     assert torch.equal(kept[0], again[0])
     assert all(torch.equal(kept[1][name], again[1][name]) for name in kept[1])
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_largest_numbers_of_adapters_are_those_of_this_forward(recompute: fast.Recompute) -> None:
+    """One kernel finds all layers'; each layer for itself would find the same, also when adapters have grown."""
+    together, alone = (made(FLOAT8, recompute) for _ in range(2))
+    for layer in alone.model.layers:
+        layer.fast.number = None
+    for grows in (1.0, 1000.0):
+        found = []
+        for model in (together, alone):
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.mul_(grows)
+            found.append(run(model, batch()))
+        (loss, gradients), (expected, theirs) = found
+        assert torch.equal(loss, expected)
+        assert all(torch.equal(gradients[name], theirs[name]) for name in theirs)
 
 
 def test_a_float8_base_takes_a_byte_a_weight_and_is_near_the_values() -> None:

@@ -11,8 +11,9 @@ import torch
 from transformers import LlamaConfig as TheirConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from packtrain.kernels.elementwise import turn
 from packtrain.model.config import LlamaConfig
-from packtrain.model.rope import cos_sin, rotate
+from packtrain.model.rope import cos_sin
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHAPE = {
@@ -48,7 +49,7 @@ def test_turns_as_transformers_does(kind: str, length: int) -> None:
     theirs = LlamaRotaryEmbedding(TheirConfig.from_dict(deepcopy({**SHAPE, **values})))
     expected, _ = apply_rotary_pos_emb(x, x, *theirs(x, torch.arange(length)[None]), unsqueeze_dim=2)
     # llama3: one rounding of a frequency, times 6000.
-    torch.testing.assert_close(rotate(x, cos, sin), expected[0], rtol=0, atol=1e-4 if kind == "llama3" else 1e-6)
+    torch.testing.assert_close(turn(x, cos, sin), expected[0], rtol=0, atol=1e-4 if kind == "llama3" else 1e-6)
 
 
 def test_dynamic_is_by_document() -> None:
@@ -65,7 +66,7 @@ def test_dynamic_is_by_document() -> None:
 def test_rotation_keeps_lengths_and_differences() -> None:
     cos, sin = tables({}, (40,))
     q, k = torch.randn(2, 1, 1, 128).expand(2, 40, 1, 128)
-    turned_q, turned_k = rotate(q, cos, sin)[:, 0], rotate(k, cos, sin)[:, 0]
+    turned_q, turned_k = turn(q, cos, sin)[:, 0], turn(k, cos, sin)[:, 0]
     torch.testing.assert_close(turned_q.norm(dim=1), q[:, 0].norm(dim=1))
     scores = turned_q @ turned_k.T
     torch.testing.assert_close(scores[3:, 3:], scores[:-3, :-3], rtol=1e-4, atol=1e-4)

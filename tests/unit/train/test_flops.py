@@ -165,6 +165,13 @@ def test_it_is_not_the_formula_of_something_else() -> None:
     assert costs["lora"] != pytest.approx(flops["full"], rel=0.02)
 
 
+def test_a_product_of_16_bits_that_is_summed_in_fp32_counts() -> None:
+    summed, a, b = (torch.empty(*shape, device="meta") for shape in ((8, 16), (8, 4), (4, 16)))
+    with Count() as count:
+        torch.addmm(summed, a.bfloat16(), b.bfloat16(), out_dtype=torch.float32, out=summed)
+    assert count.flops == 2 * 8 * 4 * 16
+
+
 def test_torch_alone_counts_no_attention_here_and_twice_the_causal_one_elsewhere() -> None:
     """Why there are formulas of our own: the same step through the plain mathematics, which torch counts in full."""
     asked, method = batch("padded"), "lora everywhere"
