@@ -146,6 +146,8 @@ def _train(
     if resumed is not None:
         loop.restore(resumed.state)
     interrupt.begin()
+    if train.save_steps or train.save_minutes:
+        checkpoints.prepare()
     results: dict[str, Any] | None = None
     try:
         loop.run()

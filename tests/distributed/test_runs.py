@@ -120,9 +120,9 @@ def steps_of(out: str | Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Seven steps of two epochs, that get worse after a while: the best is not the last."""
+    """Seven steps of two epochs, far too large: it gets worse, and the best is not the last."""
     settings = settings_in(tmp_path_factory.mktemp("finished"), base)
-    settings |= {"num_epochs": 3, "max_train_step": 7, "eval_steps": 3, "lr": 0.6, "lr_scheduler": "constant"}
+    settings |= {"num_epochs": 3, "max_train_step": 7, "eval_steps": 3, "lr": 12.0, "lr_scheduler": "constant"}
     return settings | {"result": packtrain.finetune(**settings)}
 
 
@@ -189,7 +189,7 @@ def test_config_yaml_reads_back(finished: dict[str, Any]) -> None:
     asked = {name: value for name, value in finished.items() if name != "result"}
     assert parse([str(file)]) == build(**asked)
     text = file.read_text(encoding="utf-8")
-    assert "  lr: 0.6  # flag" in text
+    assert "  lr: 12.0  # flag" in text
     assert "  seed: 42  # default" in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -14,6 +15,9 @@ from torch import Tensor
 from packtrain.checkpoint.dcp_folder import FileFacts, asked_again, facts_of
 from packtrain.checkpoint.tensorfile import TensorWriter
 from packtrain.errors import Fault
+
+_BLOCK = 2**24
+"""Bytes that are hashed, and given to the disk, at a time."""
 
 
 class PendingTensor(NamedTuple):
@@ -32,9 +36,16 @@ class _Hashing:
         self._file, self._digest, self._size = file, hashlib.sha256(), 0
 
     def write(self, data: Any) -> int:
-        self._digest.update(data)
-        self._size += len(data)
-        return self._file.write(data)
+        whole = memoryview(data).cast("B")
+        for start in range(0, len(whole), _BLOCK):
+            block = whole[start : start + _BLOCK]
+            self._digest.update(block)
+            self._file.write(block)
+            if sys.platform == "linux":  # the disk begins now, not at the end
+                self._file.flush()
+                os.posix_fadvise(self._file.fileno(), self._size, len(block), os.POSIX_FADV_DONTNEED)
+            self._size += len(block)
+        return len(whole)
 
     @property
     def facts(self) -> FileFacts:

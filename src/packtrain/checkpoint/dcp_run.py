@@ -122,6 +122,18 @@ class Checkpoints:
         """Wait for the checkpoint that is being written. Raises, on every rank, why it could not be."""
         self._background.wait()
 
+    def prepare(self) -> None:
+        """Checkpoints will be written beside the training: take host memory for them beside its first steps."""
+        if self._place.device.type != "cuda":
+            return
+        rows = dcp.rows_of(self._model, self._optimizer, adapter=self._adapter)
+
+        def work() -> None:
+            torch.cuda.set_device(self._place.device)
+            self._copies.prepare(rows)
+
+        self._background.start("checkpoint-memory", work)
+
     def save(self, state: Mapping[str, Any], *, goes_on: bool, wait: bool) -> float:
         """Keep what a run is after `state["step"]`; returns the seconds for which the training stood still.
 
@@ -154,7 +166,7 @@ class Checkpoints:
     def close(self) -> None:
         """A run ends by an error: what is being written is waited for, and what it runs into only said."""
         try:
-            if not self._background.wait(LAST_SECONDS):
+            if not self._background.wait(LAST_SECONDS) and self._writing:
                 log.warn(f"the checkpoint of step {self._writing} is still being written, and is given up")
         except Exception as error:
             log.warn(f"the checkpoint of step {self._writing} was not written: {error}")
@@ -167,7 +179,7 @@ class Checkpoints:
             if not forgive:
                 raise
             log.warn(f"{error}; step {step} is saved instead")
-        if busy and not forgive:
+        if busy and self._writing and not forgive:
             log.once(
                 f"the checkpoint of step {step} waited {time.monotonic() - began:.1f} s for that of step "
                 f"{self._writing} to be written: the disk is slower than they are asked for; ask for fewer"

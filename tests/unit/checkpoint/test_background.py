@@ -102,8 +102,18 @@ def test_memory_is_used_again() -> None:
     assert list(fewer.rows) == ["bf16"]
 
 
+def test_memory_can_be_there_before_the_first_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, copies = rows_of_all_kinds(), HostCopy()
+    copies.prepare(rows)
+    monkeypatch.setattr(host_copy, "_buffers", lambda parts: pytest.fail("taken twice"))
+    taken = copies.take(rows)
+    assert taken is not None
+    assert same(taken.rows, rows)
+
+
 def test_without_memory_there_is_no_copy(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setattr(host_copy, "_free_memory", lambda: 1000)
+    HostCopy(neighbours=8).prepare(rows_of_all_kinds())
     assert HostCopy(neighbours=8).take(rows_of_all_kinds()) is None
     assert "checkpoints are written while the training waits" in capfd.readouterr().err
 

@@ -63,6 +63,7 @@ def test_much_is_written_into_several_files_side_by_side(
     tmp_path: Path, group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dcp_storage, "PART_BYTES", 4096)
+    monkeypatch.setattr(dcp_file, "_BLOCK", 1000)
     folder = save(tmp_path, 1, group)
     assert verify(folder) == []
     files = sorted(path.name for path in folder.glob("*.safetensors"))
