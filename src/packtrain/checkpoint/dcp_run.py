@@ -124,12 +124,10 @@ class Checkpoints:
 
     def prepare(self) -> None:
         """Checkpoints will be written beside the training: take host memory for them beside its first steps."""
-        if self._place.device.type != "cuda":
-            return
         rows = dcp.rows_of(self._model, self._optimizer, adapter=self._adapter)
 
         def work() -> None:
-            torch.cuda.set_device(self._place.device)
+            self._at_the_device()
             self._copies.prepare(rows)
 
         self._background.start("checkpoint-memory", work)
@@ -188,9 +186,14 @@ class Checkpoints:
     def _write_behind(self, written: Mapping[str, Any], taken: Taken) -> None:
         """In the background's thread."""
         if taken.event is not None:
-            torch.cuda.set_device(self._place.device)  # a thread begins on the first one, and would take memory there
+            self._at_the_device()
             taken.event.synchronize()
         self._write(written, taken.rows)
+
+    def _at_the_device(self) -> None:
+        """A thread begins on the first GPU, and would take memory there."""
+        if self._place.device.type == "cuda":
+            torch.cuda.set_device(self._place.device)
 
     def _write(self, written: Mapping[str, Any], rows: Mapping[str, dcp.Rows]) -> None:
         step = int(written["step"])
