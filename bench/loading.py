@@ -189,6 +189,14 @@ def _watch(processes: list[BaseProcess], pipes: list[Connection], deadline: floa
     ]
 
 
+_SEEN = [0]
+"""The most that a worker saw of its own private memory: a whole model may come and go between looks from outside."""
+
+
+def _see() -> None:
+    _SEEN[0] = max(_SEEN[0], private_bytes(os.getpid()))
+
+
 def private_bytes(pid: int | None) -> int:
     """Resident memory of a process that is no file's."""
     status = _status(pid)
@@ -240,7 +248,7 @@ def _work(pipe: Connection, way: str, folder: Path, meeting: Path, rank: int, wo
     pipe.send(
         {
             "shards": sum(row.nbytes for row in rows),
-            "private": private_bytes(os.getpid()),
+            "private": max(_SEEN[0], private_bytes(os.getpid())),
             "resident": status["VmHWM"] - before,
             "seconds": seconds,
         }
@@ -262,6 +270,7 @@ def _whole(inputs: building.Inputs) -> LlamaForCausalLM:
     assert inputs.weights is not None
     model = LlamaForCausalLM(inputs.model_config, dtype=torch.bfloat16, device=torch.device("cpu"))
     load_model(model, HfFolder(inputs.weights.path))
+    _see()
     return model
 
 
@@ -293,6 +302,7 @@ def _keep(parameter: torch.Tensor, whole: torch.Tensor) -> None:
     assert isinstance(parameter, DTensor)
     local, first = local_rows(parameter)
     local.copy_(whole[first : first + len(local)])
+    _see()
 
 
 WAYS: dict[str, Callable[[RunConfig, building.Inputs, Place], LlamaForCausalLM]] = {

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,6 +25,7 @@ from torch import nn
 
 from packtrain import log
 from packtrain.configs.run import RunConfig
+from packtrain.distributed import host_memory
 from packtrain.distributed.collectives import least
 from packtrain.distributed.parallelize import group_sizes
 from packtrain.distributed.place import Place
@@ -228,13 +228,7 @@ def free_bytes(place: Place) -> float:
 
 def host_bytes(place: Place) -> float:
     """This rank's part of what the host, or the container that it runs in, has left."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = [int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable:")]
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.stat"))
-    if limit.is_file() and used.is_file() and (most := limit.read_text(encoding="ascii").strip()).isdigit():
-        fields = dict(line.split() for line in used.read_text(encoding="ascii").splitlines())
-        free.append(float(int(most) - int(fields.get("anon", 0))))
-    return min(free, default=float("inf")) / place.local_world_size
+    return host_memory.free() / place.local_world_size
 
 
 def layer_inputs(model: nn.Module, tokens: int) -> int:

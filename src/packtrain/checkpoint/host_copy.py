@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from packtrain import log
 from packtrain.checkpoint.dcp import Rows
+from packtrain.distributed import host_memory
 
 _ALIGN = 64
 _SHARE = 0.9
@@ -75,7 +75,7 @@ class HostCopy:
 
     def _needed(self, parts: Mapping[_Key, Tensor]) -> tuple[int, float]:
         """Bytes that copies take, and may take."""
-        return sum(map(_size, parts.values())), _free_memory() * _SHARE / self._neighbours
+        return sum(map(_size, parts.values())), host_memory.free() * _SHARE / self._neighbours
 
     def _copy(self, parts: Mapping[_Key, Tensor]) -> torch.cuda.Event | None:
         """Queue or make the copies; on CUDA the event that ends them."""
@@ -129,11 +129,3 @@ def _lock(memory: Tensor) -> None:
         log.once("host memory for checkpoints could not be page-locked (see ulimit -l): copies to it are slower")
         return
     weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())
-
-
-def _free_memory() -> int:
-    """Bytes of this machine that a process can still have (Linux's MemAvailable)."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo does not say MemAvailable")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from packtrain.checkpoint import host_copy
 from packtrain.checkpoint.background import Background
 from packtrain.checkpoint.dcp import Rows
 from packtrain.checkpoint.host_copy import HostCopy
+from packtrain.distributed import host_memory
 
 
 def test_work_goes_on_beside() -> None:
@@ -112,14 +114,22 @@ def test_memory_can_be_there_before_the_first_copy(monkeypatch: pytest.MonkeyPat
 
 
 def test_without_memory_there_is_no_copy(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    monkeypatch.setattr(host_copy, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(host_memory, "free", lambda: 1000.0)
     HostCopy(neighbours=8).prepare(rows_of_all_kinds())
     assert HostCopy(neighbours=8).take(rows_of_all_kinds()) is None
     assert "checkpoints are written while the training waits" in capfd.readouterr().err
 
 
-def test_free_memory_is_a_number_of_bytes() -> None:
-    assert 2**20 < host_copy._free_memory() < 2**50
+def test_free_memory_is_the_hosts_or_the_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 2**20 < host_memory.free() < 2**50
+    for name, text in (("MEMINFO", "MemTotal: 9 kB\nMemAvailable: 5 kB\n"), ("CGROUP", None)):
+        (tmp_path / name).write_text(text) if text else (tmp_path / name).mkdir()
+        monkeypatch.setattr(host_memory, name, tmp_path / name)
+    assert host_memory.free() == 5 * 1024
+    for limit, left in (("max", 5 * 1024), ("4000", 3000)):
+        (tmp_path / "CGROUP/memory.max").write_text(f"{limit}\n")
+        (tmp_path / "CGROUP/memory.stat").write_text("anon 1000\nfile 700\n")
+        assert host_memory.free() == left
 
 
 @pytest.mark.gpu
