@@ -41,6 +41,8 @@ class HostCopy:
     def __init__(self, neighbours: int = 1) -> None:
         self._neighbours = neighbours
         self._buffers: dict[_Key, Tensor] = {}
+        self._memory: Tensor | None = None
+        """What the buffers are views of: it is locked for as long as this very object lives."""
         self._stream: torch.cuda.Stream | None = None
 
     def prepare(self, rows: Mapping[str, Rows]) -> None:
@@ -48,13 +50,13 @@ class HostCopy:
         parts = dict(_parts(rows))
         need, free = self._needed(parts)
         if need <= free:
-            self._buffers = _buffers(parts)
+            self._make(parts)
 
     def take(self, rows: Mapping[str, Rows]) -> Taken | None:
         """Copy all of `rows`; None if the host has no memory for it. What an earlier call gave is written over."""
         parts = dict(_parts(rows))
         if parts.keys() != self._buffers.keys():
-            self._buffers = {}
+            self._buffers, self._memory = {}, None
             need, free = self._needed(parts)
             if need > free:
                 log.once(
@@ -62,7 +64,7 @@ class HostCopy:
                     "free for it: checkpoints are written while the training waits"
                 )
                 return None
-            self._buffers = _buffers(parts)
+            self._make(parts)
         event = self._copy(parts)
         copied = {
             name: Rows(
@@ -76,6 +78,17 @@ class HostCopy:
     def _needed(self, parts: Mapping[_Key, Tensor]) -> tuple[int, float]:
         """Bytes that copies take, and may take."""
         return sum(map(_size, parts.values())), host_memory.free() * _SHARE / self._neighbours
+
+    def _make(self, parts: Mapping[_Key, Tensor]) -> None:
+        """A buffer for each part, all in one piece of memory: torch's own page-locked tensors take powers of two."""
+        whole = torch.empty(sum(map(_size, parts.values())), dtype=torch.uint8)
+        if any(part.is_cuda for part in parts.values()):
+            _lock(whole)
+        found, start = {}, 0
+        for key, part in parts.items():
+            found[key] = whole[start : start + part.numel() * part.itemsize].view(part.dtype).view(part.shape)
+            start += _size(part)
+        self._buffers, self._memory = found, whole
 
     def _copy(self, parts: Mapping[_Key, Tensor]) -> torch.cuda.Event | None:
         """Queue or make the copies; on CUDA the event that ends them."""
@@ -108,18 +121,6 @@ def _parts(rows: Mapping[str, Rows]) -> Iterator[tuple[_Key, Tensor]]:
 
 def _size(part: Tensor) -> int:
     return -(-part.numel() * part.itemsize // _ALIGN) * _ALIGN
-
-
-def _buffers(parts: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
-    """A host tensor for each part, all in one piece of memory: torch's own page-locked tensors take powers of two."""
-    whole = torch.empty(sum(_size(part) for part in parts.values()), dtype=torch.uint8)
-    if any(part.is_cuda for part in parts.values()):
-        _lock(whole)
-    found, start = {}, 0
-    for key, part in parts.items():
-        found[key] = whole[start : start + part.numel() * part.itemsize].view(part.dtype).view(part.shape)
-        start += _size(part)
-    return found
 
 
 def _lock(memory: Tensor) -> None:

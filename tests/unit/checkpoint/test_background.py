@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from packtrain.checkpoint import host_copy
 from packtrain.checkpoint.background import Background
 from packtrain.checkpoint.dcp import Rows
 from packtrain.checkpoint.host_copy import HostCopy
@@ -107,7 +106,7 @@ def test_memory_is_used_again() -> None:
 def test_memory_can_be_there_before_the_first_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, copies = rows_of_all_kinds(), HostCopy()
     copies.prepare(rows)
-    monkeypatch.setattr(host_copy, "_buffers", lambda parts: pytest.fail("taken twice"))
+    monkeypatch.setattr(HostCopy, "_make", lambda self, parts: pytest.fail("taken twice"))
     taken = copies.take(rows)
     assert taken is not None
     assert same(taken.rows, rows)
@@ -135,7 +134,7 @@ def test_free_memory_is_the_hosts_or_the_containers(tmp_path: Path, monkeypatch:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_copy_on_cuda_is_as_it_was_when_the_update_is_held() -> None:
-    """What is queued after the event changes the original alone; the host waits for nothing."""
+    """What is queued after the event changes the original alone; the host waits for nothing: its memory is locked."""
     value = torch.zeros(2**26, device="cuda")
     rows, copies = {"value": Rows((2**26,), {(0,): value})}, HostCopy()
     for number in range(1, 5):
@@ -146,4 +145,6 @@ def test_a_copy_on_cuda_is_as_it_was_when_the_update_is_held() -> None:
         taken.event.wait()
         value.fill_(-1)
         taken.event.synchronize()
-        assert bool((taken.rows["value"].boxes[torch.Size([0])] == number).all())
+        copy = taken.rows["value"].boxes[torch.Size([0])]
+        assert bool((copy == number).all())
+        assert copy.is_pinned()
