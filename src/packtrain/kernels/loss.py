@@ -94,9 +94,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         most = min(CHUNK_LOGITS, CHUNK_LOGITS_CPU) if targets.device.type == "cpu" else CHUNK_LOGITS
         chunk = max(1, most // vocabulary)
         if fused and chunk >= 128:
-            # Made in 16 bits and in place; a product's tiles are of 128 rows. A gradient of the weight is read and
-            # written once a chunk, so that fewer chunks are better.
-            chunk = chunk * (8 if needed[1] else 2) // 128 * 128
+            # Made in 16 bits and in place; a product's tiles are of 128 rows. The weight is read once a chunk, and a
+            # gradient of it read and written, so that fewer chunks are better.
+            chunk = chunk * (8 if needed[1] else 4) // 128 * 128
         for start in range(0, targets.shape[0], chunk):
             rows = slice(start, start + chunk)
             training = any(ctx.needs_input_grad)
@@ -108,6 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 gradient = gradient.to(dtype)
                 for product in products:
                     product.backward(rows, gradient)
+                del gradient  # else it would be there beside the next chunk's
         ctx.save_for_backward(bias_gradient, *(g for p in products for g in (p.x_gradient, p.weight_gradient)))
         ctx.dtype = dtype
         return loss
