@@ -23,19 +23,23 @@ DOT8 = tl.constexpr(tl.float32 if INTERPRETED else tl.float16)
 GRADIENT = {
     (True, "wide"): (32, 256, 4, 4),
     (True, "plain"): (64, 128, 4, 3),
-    (True, "ranks"): (128, 128, 4, 3),
+    (True, "ranks"): (32, 256, 4, 4),
+    (True, "high ranks"): (128, 128, 4, 3),
     (False, "wide"): (32, 256, 4, 3),
     (False, "plain"): (64, 128, 4, 4),
     (False, "ranks"): (64, 128, 4, 3),
+    (False, "high ranks"): (64, 128, 4, 3),
 }
 """(tokens and columns a tile, warps, stages) of `gradient`, by float8 and kind of shape; measured on an H100."""
+FROM = {True: 16384, False: 8192}
+"""Columns from which on a shape is wide, by float8."""
 
 UP_GRADIENT = {"wide": (64, 512, 4, 2), "plain": (128, 256, 8, 2)}
 """The same of `up_gradient`."""
 UP_EDGE = 512
 """Parts that begin and end at multiples of it can take it."""
-WIDE = 8192
-"""Columns from which on a shape is wide."""
+UP_WIDE = 8192
+"""Columns from which on it is wide."""
 
 NEVER = 2**31 - 1
 
@@ -45,22 +49,23 @@ def _top(s, h, T, ldh, R, t0, span, RP: tl.constexpr, BT: tl.constexpr):
     """The largest magnitude of a program's h [T, r] times rows' scales.
 
     e4m3 to fp16 is one instruction for two numbers, to bf16 it would be five: so h is brought into fp16's range by it.
+    Many tokens at once: what this waits for is the way to memory.
     """
     r = tl.arange(0, RP)
     most = tl.zeros((BT, RP), dtype=tl.float32)
     for step in range(0, span, BT):
-        t = t0 + step + tl.arange(0, BT)
-        small = tl.load(
-            h + t.to(tl.int64)[:, None] * ldh + r[None, :], mask=(t[:, None] < T) & (r[None, :] < R), other=0.0
-        )
-        most = tl.maximum(most, tl.abs(small.to(tl.float32)) * tl.load(s + t, mask=t < T, other=0.0)[:, None])
+        place = step + tl.arange(0, BT)
+        t = t0 + place
+        m = (t < T) & (place < span)
+        small = tl.load(h + t.to(tl.int64)[:, None] * ldh + r[None, :], mask=m[:, None] & (r[None, :] < R), other=0.0)
+        most = tl.maximum(most, tl.abs(small.to(tl.float32)) * tl.load(s + t, mask=m, other=0.0)[:, None])
     return tl.maximum(tl.max(tl.max(most, 1), 0), 1e-30)
 
 
 @triton.jit
 def _gradient(
     x, s, h, out, T, N, ldx, ldh, R, E1, E2, sr, sn, so, factor, span,
-    FLOAT8: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    FLOAT8: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BN
     n = first + tl.arange(0, BN)
@@ -72,7 +77,7 @@ def _gradient(
     inverse = 1.0
     top = 1.0
     if FLOAT8:
-        top = _top(s, h, T, ldh, R, t0, span, RP, BT)
+        top = _top(s, h, T, ldh, R, t0, span, RP, TOP)
         inverse = 1.0 / top
     for step in range(0, span, BT):
         t = t0 + step + tl.arange(0, BT)
@@ -103,14 +108,18 @@ def gradient(
     Columns of x from edges[i] on, multiples of 128, meet the next `rank` columns of h.
     """
     count, columns = x.shape
-    wide = columns > WIDE and all(edge % 256 == 0 for edge in edges)
-    tokens, block, warps, stages = GRADIENT[scale is not None, "wide" if wide else "ranks" if rank > 16 else "plain"]
+    float8 = scale is not None
+    padded = max(16, triton.next_power_of_2(rank))
+    kind = "high ranks" if padded > 64 else "ranks" if padded > 16 else "wide" if columns > FROM[float8] else "plain"
+    if any(edge % GRADIENT[float8, kind][1] for edge in edges):
+        kind = "plain"
+    tokens, block, warps, stages = GRADIENT[float8, kind]
     span = triton.cdiv(triton.cdiv(count, out.shape[0]), tokens) * tokens
     first, second = (*edges, NEVER, NEVER)[:2]
     launch(
         _gradient, (triton.cdiv(columns, block), out.shape[0]), x, h if scale is None else scale, h, out, count,
         columns, x.stride(0), h.stride(0), rank, first, second, *strides, out.stride(0), factor, span,
-        FLOAT8=scale is not None, RP=max(16, triton.next_power_of_2(rank)), BN=block, BT=tokens, num_warps=warps,
+        FLOAT8=float8, RP=padded, BN=block, BT=tokens, TOP=max(16, min(256, 2**14 // padded)), num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
 
@@ -171,7 +180,7 @@ def up_gradient(
     Parts begin at 0 and at `edges`, multiples of UP_EDGE; b is [n, C].
     """
     count, columns = x.shape
-    tokens, block, warps, stages = UP_GRADIENT["wide" if columns > WIDE else "plain"]
+    tokens, block, warps, stages = UP_GRADIENT["wide" if columns > UP_WIDE else "plain"]
     partial = torch.empty(columns // block, count, rank, dtype=dh.dtype, device=x.device)
     span = triton.cdiv(triton.cdiv(count, out.shape[0]), tokens) * tokens
     first, second = (*edges, NEVER, NEVER)[:2]
