@@ -34,9 +34,9 @@ from packtrain.kernels.rows import Form
 from packtrain.model import streaming
 from packtrain.model.activations import kept_bytes, layer_bytes
 from packtrain.model.fast import Recompute
-from packtrain.model.fast_layer import linears
 from packtrain.model.long_rows import LONG, working_bytes
 from packtrain.model.quantised import whole_bytes
+from packtrain.model.shared import linears
 from packtrain.precision import optimizer_rule
 
 GIB = 2**30

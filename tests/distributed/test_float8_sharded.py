@@ -37,8 +37,8 @@ from packtrain.distributed.parallelize import (
 from packtrain.distributed.place import Place
 from packtrain.kernels import float8
 from packtrain.model import fast
-from packtrain.model.fast_layer import linears
 from packtrain.model.llama import LlamaConfig, LlamaForCausalLM, blocks, draw
+from packtrain.model.shared import linears
 from packtrain.peft import lora
 from packtrain.peft.settings import LoraSettings
 

@@ -15,8 +15,8 @@ from packtrain import building, log, preflight, recompute
 from packtrain.configs.parse import build
 from packtrain.distributed.place import Place, open_place
 from packtrain.kernels.rows import Form
-from packtrain.model.fast_layer import linears
 from packtrain.model.llama import LlamaConfig, LlamaForCausalLM, blocks
+from packtrain.model.shared import linears
 
 
 @pytest.fixture(scope="module")

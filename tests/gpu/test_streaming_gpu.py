@@ -22,8 +22,8 @@ from packtrain.configs.parse import build
 from packtrain.distributed.place import Place
 from packtrain.kernels.rows import Form
 from packtrain.model import fast, streaming
-from packtrain.model.fast_layer import linears
 from packtrain.model.llama import LlamaConfig, LlamaForCausalLM, blocks
+from packtrain.model.shared import linears
 from packtrain.optim import Optimizer
 from packtrain.peft import lora
 from packtrain.peft.trainable import trainable

@@ -21,6 +21,8 @@ large ones make a large h. Where h is beyond e4m3 all the same, the row's scale 
 shrink: what the output loses of them is nothing beside the adapters' part. From `GROWN_MOST` on (the adapters' output
 is thousands of times the base's) A's gradient would lose too much as well: h, and with it a gradient, is NaN then.
 
+kernels/packs.py puts adapters in these places: for each product, or for all of a model's before its forward.
+
 With a dropout A's input is not x (kernels/dropped.py): h is a product of its own, B's columns stay where they are, and
 dx is the product without A's columns, to which dropout(dh A) is added.
 
@@ -38,15 +40,12 @@ import torch
 from torch import Tensor
 
 from packtrain.kernels import dropped, float8
+from packtrain.kernels.packs import Columns8, Columns16, Pairs, Place8, Place16, Skinny
 from packtrain.kernels.rows import RUNS_TRITON, Form, Rows, by_triton
 
 if RUNS_TRITON:
     from packtrain.kernels import lowrank_triton as triton_kernels
 
-SKINNY_TOP = 224.0
-FACTOR_MOST = 16.0
-REACH = 2.0
-"""`factor` is at most FACTOR_MOST, or for a large h this times root of its terms times the largest number in A."""
 GROWN_MOST = 512.0
 """A row's scale may grow so much: its e4m3 values, of 28 at first, then have lost 2 % of their norm."""
 
@@ -81,7 +80,7 @@ class Plan:
         return sum(self.rank * (self.k + span.stop - span.start) for span in self.spans)
 
 
-Adapters = Sequence[tuple[Tensor, Tensor]]
+Adapters = Pairs
 """(A fp32 [r, k], B fp32 [rows, r]) of each span."""
 
 
@@ -118,19 +117,25 @@ class Wide:
     """[W | s B] over [A | 0] in the dtype of W."""
 
     def __init__(
-        self, plan: Plan, form: Form, weight: Tensor, adapters: Adapters, drop: dropped.Drop | None = None
+        self,
+        plan: Plan,
+        form: Form,
+        weight: Tensor,
+        adapters: Adapters,
+        drop: dropped.Drop | None = None,
+        packed: bool = False,
     ) -> None:
+        """`packed`: s B and A are in their places."""
         self.plan, self.adapters, self.drop = plan, adapters, drop
         self.whole = _whole(weight, plan, form)
-        if adapters and by_triton(weight):
-            places = [(plan.n + span.column, span.start, plan.k + span.column) for span in plan.spans]
-            triton_kernels.pack16(adapters, self.whole, places, plan.scale)
-            return
-        for span, (a, b) in zip(plan.spans, adapters, strict=True):
-            row = plan.n + span.column
-            self.whole[row : row + plan.rank, : plan.k] = a
-            at = plan.k + span.column
-            self.whole[span.start : span.stop, at : at + plan.rank] = plan.scale * b
+        if not packed:
+            self.columns().pack()
+
+    def columns(self) -> Columns16:
+        """The adapters, and where they go."""
+        plan = self.plan
+        places = [Place16(plan.n + span.column, span.start, plan.k + span.column) for span in plan.spans]
+        return Columns16(self.whole, self.adapters, places, plan.scale)
 
     def pack(self) -> None:
         """As `Float8.pack`; it is done."""
@@ -171,12 +176,9 @@ class Scratch:
     """Memory that float8 layers of one plan share, zero where nobody writes."""
 
     def __init__(self, plan: Plan, form: Form, device: torch.device) -> None:
-        c = plan.columns
         self.transposed: Tensor | None = None
-        self.shape = plan.k, form.width(plan.n, c)
-        self.skinny = tuple(_zeros8(2 * c, form.width(values, c), device) for values in (plan.k, plan.n))
-        self.skinny_scale = torch.ones(2 * c, device=device)
-        self.factor = torch.ones(c, device=device)
+        self.shape = plan.k, form.width(plan.n, plan.columns)
+        self.skinny = skinny(plan, form, device, 0), skinny(plan, form, device, 1)
         self.ones = torch.ones(0, device=device)
         self.device = device
 
@@ -189,12 +191,13 @@ class Scratch:
     def turned(self) -> Tensor:
         """For a transposed weight, made when first asked for."""
         if self.transposed is None:
-            self.transposed = _zeros8(*self.shape, self.device)
+            self.transposed = torch.zeros(*self.shape, dtype=torch.uint8, device=self.device).view(float8.E4M3)
         return self.transposed
 
 
-def _zeros8(rows: int, columns: int, device: torch.device) -> Tensor:
-    return torch.zeros(rows, columns, dtype=torch.uint8, device=device).view(float8.E4M3)
+def skinny(plan: Plan, form: Form, device: torch.device, way: int) -> Skinny:
+    """The small matrix of a float8 layer's forward (0) or backward (1)."""
+    return Skinny.of(plan.columns, form.width((plan.k, plan.n)[way], plan.columns), device)
 
 
 class Float8:
@@ -215,11 +218,15 @@ class Float8:
         scratch: Scratch,
         transposed: Tensor | None,
         drop: dropped.Drop | None = None,
+        packed: Sequence[Skinny | None] = (None, None),
     ) -> None:
-        """`tops` are the largest magnitudes, 0-dim, of each adapter's A and B."""
+        """`tops` are the largest magnitudes, 0-dim, of each adapter's A and B.
+
+        `packed` are the small matrices of forward and backward where adapters are in their places.
+        """
         self.plan, self.form, self.weight, self.scale = plan, form, weight, scale
         self.adapters, self.tops, self.scratch, self.transposed = adapters, tops, scratch, transposed
-        self.drop = drop
+        self.drop, self.packed = drop, packed
 
     def down(self, x: Rows) -> Tensor:
         """x A^T [T, C] in the compute dtype; fills x's own columns."""
@@ -228,10 +235,28 @@ class Float8:
 
     def pack(self) -> None:
         """Put s B beside W: what `forward` needs of `down` for rows whose columns are filled."""
+        self.whole = _whole(self.weight, self.plan, self.form)
+        if self.packed[0] is None:
+            self.columns(0).pack()
+
+    def columns(self, way: int) -> Columns8:
+        """The adapters, and where they go in the forward (0) or the backward (1)."""
         plan = self.plan
-        self.whole = _whole(self.weight, plan, self.form)
-        pairs, tops = [(b, a) for a, b in self.adapters], [(b, a) for a, b in self.tops]
-        self._pack(0, pairs, tops, (plan.scale, 1.0), [(span.start, 0, span.column) for span in plan.spans], plan.k)
+        if way == 0:
+            pairs, tops = [(b, a) for a, b in self.adapters], [(b, a) for a, b in self.tops]
+            places = [Place8(span.start, 0, span.column) for span in plan.spans]
+            whole, values, scales = _whole(self.weight, plan, self.form), plan.k, (plan.scale, 1.0)
+        else:
+            pairs, tops = [(a.t(), b.t()) for a, b in self.adapters], list(self.tops)
+            places = [Place8(0, span.start, span.column) for span in plan.spans]
+            whole, values, scales = self._turned(), plan.n, (1.0, plan.scale)
+        return Columns8(whole, self._small(way), pairs, tops, scales, self.scale, places, values)
+
+    def _turned(self) -> Tensor:
+        return self.scratch.turned() if self.transposed is None else self.transposed
+
+    def _small(self, way: int) -> Skinny:
+        return self.packed[way] or self.scratch.skinny[way]
 
     def forward(self, x: Rows) -> Tensor:
         """x W^T + s h B^T [T, n]; `down` comes first."""
@@ -239,15 +264,11 @@ class Float8:
 
     def up(self, dy: Rows) -> Tensor:
         """dy s B [T, C] in the compute dtype; fills dy's own columns."""
-        plan = self.plan
-        turned = self.transposed
-        if turned is None:
-            turned = self.scratch.turned()
-            transpose(self.weight.detach(), turned)
-        self.whole = turned
-        pairs = [(a.t(), b.t()) for a, b in self.adapters]
-        places = [(0, span.start, span.column) for span in plan.spans]
-        self._pack(1, pairs, self.tops, (1.0, plan.scale), places, plan.n)
+        self.whole = self._turned()
+        if self.transposed is None:
+            transpose(self.weight.detach(), self.whole)
+        if self.packed[1] is None:
+            self.columns(1).pack()
         self.dh = self._skinny(dy, 1)
         return self.dh
 
@@ -262,57 +283,9 @@ class Float8:
         assert x.scale is not None
         return float8.product(x.data, matrix, x.scale, self.scale[: matrix.shape[0]], self.form.dtype)
 
-    def _pack(
-        self,
-        way: int,
-        pairs: Adapters,
-        tops: Sequence[tuple[Tensor, Tensor]],
-        scales: tuple[float, float],
-        places: Sequence[tuple[int, int, int]],
-        values: int,
-    ) -> None:
-        """Each x [n, r] into the matrix's columns, y [r, k] into the skinny rows."""
-        scratch, matrix = self.scratch, self.whole
-        skinny = scratch.skinny[way]
-        if pairs and by_triton(matrix):
-            reaches = [reach(y.shape[1]) for _, y in pairs]
-            triton_kernels.pack8(
-                pairs, tops, reaches, scales, self.scale, matrix, skinny, scratch.skinny_scale, scratch.factor, places,
-                values,
-            )  # fmt: skip
-            return
-        for pair, top, place in zip(pairs, tops, places, strict=True):
-            self._pack_one(skinny, pair, top, scales, place, values)
-
-    def _pack_one(
-        self,
-        skinny: Tensor,
-        pair: tuple[Tensor, Tensor],
-        tops: tuple[Tensor, Tensor],
-        scales: tuple[float, float],
-        place: tuple[int, int, int],
-        values: int,
-    ) -> None:
-        (x, y), (xrow, yrow, column) = pair, place
-        scratch, c = self.scratch, self.plan.columns
-        rank = slice(column, column + x.shape[1])
-        scale = self.scale[:1]
-        most = (reach(y.shape[1]) * tops[1] * scales[1]).clamp(min=FACTOR_MOST)
-        factor = torch.minimum(SKINNY_TOP * scale / (tops[0] * scales[0]).clamp(min=1e-30), most)
-        top = (tops[1] * scales[1]).clamp(min=1e-30) / SKINNY_TOP
-        hi, lo = float8.split(x * (scales[0] * factor / scale))
-        rows = self.whole[xrow : xrow + x.shape[0], values:]
-        for at, half in ((0, hi), (c, hi), (2 * c, lo)):
-            rows[:, at + rank.start : at + rank.stop] = half
-        hi, lo = float8.split(y * (scales[1] / top))
-        for at, half in ((0, hi), (c, lo)):
-            skinny[at + rank.start : at + rank.stop, yrow : yrow + y.shape[1]] = half
-            scratch.skinny_scale[at + rank.start : at + rank.stop] = top
-        scratch.factor[rank] = factor
-
     def _skinny(self, x: Rows, way: int) -> Tensor:
         """x's values times the skinny rows, [T, C]; x gets its columns. With a dropout, dy has none."""
-        c, count, scratch = self.plan.columns, x.data.shape[0], self.scratch
+        c, count, small = self.plan.columns, x.data.shape[0], self._small(way)
         assert x.scale is not None
         h = torch.empty(count, c, dtype=self.form.dtype, device=x.data.device)
         if c == 0:
@@ -321,29 +294,24 @@ class Float8:
             o = h.new_zeros(count, 2 * c)
             dropped.down(x, [a for a, _ in self.adapters], self.drop, o[:, :c])
         else:
-            ones = scratch.ones_like(x.scale)
-            o = float8.product(x.data, scratch.skinny[way], ones, scratch.skinny_scale, self.form.dtype)
+            ones = self.scratch.ones_like(x.scale)
+            o = float8.product(x.data, small.rows, ones, small.scale, self.form.dtype)
         fills = self.drop is None or way == 0
         if by_triton(o):
             most = GROWN_MOST if way == 0 else math.inf
-            triton_kernels.split(o, x.scale, scratch.factor, h, x.data if fills else None, x.columns, most)
+            triton_kernels.split(o, x.scale, small.factor, h, x.data if fills else None, x.columns, most)
             return h
         exact = o[:, :c].float() + o[:, c:].float()
         h.copy_(exact * x.scale[:, None])
         if not fills:
             return h
-        numbers, grown = _within(x, exact / scratch.factor)
+        numbers, grown = _within(x, exact / small.factor)
         if way == 0:
             h.masked_fill_((grown > GROWN_MOST)[:, None], math.nan)
         hi, lo = float8.split(numbers)
         for at, half in ((0, hi), (c, lo), (2 * c, hi)):
             x.data[:, x.columns + at : x.columns + at + c] = half
         return h
-
-
-def reach(terms: int) -> float:
-    """How large `factor` may be, in units of the largest number of a sum of so many terms."""
-    return REACH * float(terms**0.5)
 
 
 def _within(x: Rows, numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,9 @@ import torch
 from torch import nn
 
 from packtrain.kernels.rows import Form
-from packtrain.model.fast_layer import Recompute, linears
+from packtrain.model.fast_layer import Recompute
 from packtrain.model.linear import Linear
+from packtrain.model.shared import linears
 
 AWAY = 3
 """Inputs of offloaded layers that are on the device at a time: one in use, one that comes, one that goes."""

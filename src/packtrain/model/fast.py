@@ -26,10 +26,11 @@ from torch.autograd.function import once_differentiable
 from packtrain.kernels import float8, rows
 from packtrain.kernels.lowrank import Plan, Span, storage
 from packtrain.kernels.rows import Form
-from packtrain.model.fast_layer import FastLayer, Recompute, Shared, Stream, linears
+from packtrain.model.fast_layer import FastLayer, Recompute, Stream
 from packtrain.model.linear import Linear
 from packtrain.model.long_rows import LongLayer
 from packtrain.model.quantised import QuantisedLinear
+from packtrain.model.shared import Shared, linears
 
 __all__ = ["FastLayer", "Recompute", "allocate", "final_norm", "install", "obstacle"]
 
@@ -119,7 +120,7 @@ def allocate(model: nn.Module, device: torch.device) -> None:
     """Memory for the fast layers' weights, without values, where they have none; for a model that is not sharded."""
     for layer in _layers(model):
         fast: FastLayer = layer.fast
-        if fast.shared.form.float8:
+        if fast.shared.form.float8 or not fast.trains:
             fast.number = len(fast.shared.layers)
             fast.shared.layers.append(layer)
         if not linears(layer)[0].weight.is_meta:

@@ -1,8 +1,6 @@
 """One decoder layer's fast form: its forward and its backward, written out over few kernels.
 
     FastLayer           called by a layer in place of its plain forward
-    Shared              what the layers of a model have in common
-    linears             a layer's four products
 
 model/fast.py decides who takes it, and why it is faster. What learns is either the adapters of a frozen base or all of
 a layer's own weights. Weights are read from their modules in the forward and again in the backward, so that sharding
@@ -13,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from typing import Any, Literal, cast
 
 import torch
@@ -30,6 +27,7 @@ from packtrain.kernels.operations import again
 from packtrain.kernels.rows import Form, Rows
 from packtrain.model.kept import Kept
 from packtrain.model.linear import Linear
+from packtrain.model.shared import Shared, largest, linears, of_products
 
 Recompute = Literal["none", "selective", "full", "offload"]
 """What a backward computes again; with offload whole layers, whose inputs wait on the host (model/offload.py)."""
@@ -37,47 +35,8 @@ Stream = Tensor | tuple[Tensor, Tensor]
 """The residual stream [T, D], or two tensors whose sum it is."""
 
 
-def linears(layer: Any) -> list[Linear]:
-    """qkv, o, gate_up, down."""
-    return [layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj]
-
-
 def _where_they_are(layer: Any) -> list[Tensor]:
     return [linear.matrix() for linear in linears(layer)]
-
-
-@dataclass(slots=True)
-class Shared:
-    """What the layers of a model have in common."""
-
-    form: Form
-    keeps_transposed: bool
-    scratch: dict[Plan, Scratch] = field(default_factory=dict)
-    handed: tuple[Tensor, Rows] | None = None
-    """A gradient on its way to the layer before, and the same as rows: both are made by one kernel."""
-    layers: list[Any] = field(default_factory=list)
-    """Those of an unsharded float8 model: one kernel a forward finds the largest numbers of all their adapters."""
-    tops: list[list[Tensor]] = field(default_factory=list)
-
-    def look(self) -> None:
-        """Find them."""
-        adapters = [layer.fast.learning(layer) for layer in self.layers]
-        found = iter(_largest([*chain.from_iterable(adapters)]))
-        self.tops = [[*islice(found, len(some))] for some in adapters]
-
-    def take(self, gradient: Tensor, columns: int) -> Rows:
-        """A gradient as rows for a product with so many adapter columns."""
-        handed, self.handed = self.handed, None
-        width = self.form.width(gradient.shape[1], columns)
-        if handed is not None and _same(handed[0], gradient) and handed[1].data.shape[1] == width:
-            return handed[1]
-        return rows.copy(gradient, self.form, columns)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one in memory; of fake ones the storages say so."""
-    memory = one.untyped_storage()._cdata == other.untyped_storage()._cdata
-    return memory and one.shape == other.shape and one.storage_offset() == other.storage_offset()
 
 
 Operands = Sequence[Wide | Float8]
@@ -130,35 +89,35 @@ class FastLayer:
 
     def operands(self, layer: Any, adapters: Sequence[Tensor], batch: Batch, again: bool = False) -> Operands:
         """The four products of a layer, weights read now; in a backward they are made `again`."""
-        form, tops = self.shared.form, []
-        if form.float8 and self.number == 0 and not again:
+        form, number = self.shared.form, self.number
+        if number == 0 and not again:
             self.shared.look()
+        tops: Sequence[Tensor] = ()
         if form.float8:
-            tops = _largest(adapters) if self.number is None else self.shared.tops[self.number]
-        pairs = list(zip(adapters[::2], adapters[1::2], strict=True))
-        pairs_of_tops = list(zip(tops[::2], tops[1::2], strict=True))
+            tops = largest(adapters) if number is None else self.shared.tops[number]
+        packed = None if number is None else self.shared.packed[number]
+        pairs, pairs_of_tops = of_products(self.plans, adapters), of_products(self.plans, tops)
         made: list[Wide | Float8] = []
         products = zip(linears(layer), self.weights(layer), self.plans, strict=True)
         for i, (linear, weight, plan) in enumerate(products):
-            mine, pairs = pairs[: len(plan.spans)], pairs[len(plan.spans) :]
             dropping = self.dropout > 0 and layer.training and plan.spans
             drop = Drop(batch.keys.view(-1), self.names[i], self.dropout) if dropping else None
             if not form.float8:
-                made.append(Wide(plan, form, weight, mine, drop))
+                made.append(Wide(plan, form, weight, pairs[i], drop, packed is not None))
                 continue
-            their_tops, pairs_of_tops = pairs_of_tops[: len(plan.spans)], pairs_of_tops[len(plan.spans) :]
-            scale = cast(Tensor, linear.weight_scale)
-            scratch, turned = self._scratch(plan, scale), self._turned(i, linear)
-            made.append(Float8(plan, form, weight, scale, mine, their_tops, scratch, turned, drop))
+            scale, small = cast(Tensor, linear.weight_scale), (None, None) if packed is None else packed[i]
+            scratch, turned = self.scratch(plan, scale), self.turned(i, linear)
+            made.append(Float8(plan, form, weight, scale, pairs[i], pairs_of_tops[i], scratch, turned, drop, small))
         return made
 
-    def _scratch(self, plan: Plan, scale: Tensor) -> Scratch:
+    def scratch(self, plan: Plan, scale: Tensor) -> Scratch:
+        """Memory for a plan's products, which layers share."""
         shared = self.shared
         if plan not in shared.scratch:
             shared.scratch[plan] = Scratch(plan, shared.form, scale.device)
         return shared.scratch[plan]
 
-    def _turned(self, place: int, linear: Linear) -> Tensor | None:
+    def turned(self, place: int, linear: Linear) -> Tensor | None:
         """The transposed weight, if it is kept: made at its first use."""
         if not (self.shared.keeps_transposed and self.lasting):
             return None
@@ -317,13 +276,6 @@ def heads(layer: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sizes = [part.stop - part.start for part in attention.qkv_proj.parts]
     q, k, v = (part.view(len(qkv), -1, attention.head_dim) for part in torch.split(qkv, sizes, dim=1))
     return q, k, v
-
-
-def _largest(adapters: Sequence[Tensor]) -> list[Tensor]:
-    """The largest magnitude in each, 0-dim, by one kernel for all."""
-    if not adapters:
-        return []
-    return list(torch._foreach_norm([adapter.detach() for adapter in adapters], float("inf")))
 
 
 def _few(kept: Kept, form: Form) -> Kept:

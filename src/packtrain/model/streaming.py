@@ -28,8 +28,9 @@ from packtrain.kernels import float8
 from packtrain.kernels.lowrank import stored
 from packtrain.kernels.rows import Form
 from packtrain.model.fast import plan_of
-from packtrain.model.fast_layer import FastLayer, linears
+from packtrain.model.fast_layer import FastLayer
 from packtrain.model.quantised import QuantisedLinear
+from packtrain.model.shared import linears
 
 SLOTS = 3
 """Layers that have a place on the device: one at work, and two ahead, since the time between two of them varies."""

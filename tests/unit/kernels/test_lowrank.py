@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from packtrain.kernels import float8, lowrank, rows
+from packtrain.kernels import float8, lowrank, packs, rows
 from packtrain.kernels.adapter_gradients import Gradients, up_and_gradient
 from packtrain.kernels.lowrank import GROWN_MOST, Float8, Plan, Scratch, Span
 from packtrain.kernels.rows import Form, Rows
@@ -104,7 +104,7 @@ def test_nothing_grows_for_usual_adapters(of_b: float) -> None:
 def test_each_guard_is_needed(of_a: float, of_b: float, monkeypatch: pytest.MonkeyPatch) -> None:
     assert products(of_a, of_b).output < 5e-3
     monkeypatch.setattr(lowrank, "_within", lambda x, numbers: (numbers, torch.ones(len(numbers))))
-    monkeypatch.setattr(lowrank, "reach", lambda terms: 0.0)
+    monkeypatch.setattr(packs, "reach", lambda terms: 0.0)
     assert products(of_a, of_b).output > 0.1
 
 

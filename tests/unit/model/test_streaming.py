@@ -18,8 +18,8 @@ from packtrain.checkpoint.hf import load_model, save_model
 from packtrain.distributed.parallelize import materialise
 from packtrain.kernels.rows import Form
 from packtrain.model import fast, streaming
-from packtrain.model.fast_layer import linears
 from packtrain.model.llama import LlamaConfig, LlamaForCausalLM, blocks, draw
+from packtrain.model.shared import linears
 from packtrain.peft.settings import LoraSettings
 from packtrain.peft.trainable import freeze
 

@@ -1,0 +1,154 @@
+"""All of a model's adapters packed by one kernel, against each product's own: on a CUDA device, or interpreted."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "model"))
+
+from test_fast import SHAPE, adapters, batch, filled, run
+
+from packtrain.kernels import lowrank, packs, rows
+from packtrain.kernels.lowrank import Float8, Plan, Scratch, Span, Wide, skinny
+from packtrain.kernels.packs import Packs, Tops
+from packtrain.kernels.rows import Form
+from packtrain.model import fast, shared
+from packtrain.model.llama import LlamaConfig, LlamaForCausalLM
+from packtrain.peft import lora
+
+RUNS = rows.HAS_TRITON and (rows.INTERPRETED or torch.cuda.is_available())
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not RUNS, reason="needs a CUDA device with Triton")]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+FORMS = [Form(DTYPE, float8=False), Form(DTYPE, float8=True)]
+NAMES = ["16 bits", "float8"]
+PLANS = [
+    Plan(320, 192, (Span(0, 192, 0), Span(192, 256, 16), Span(256, 320, 32)), 16, 2.0),
+    Plan(192, 144, (Span(64, 128, 0),), 5, 0.5),
+    Plan(64, 64, (), 0, 1.0),
+    Plan(144, 304, (Span(0, 144, 0),), 24, 1.0),
+]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
+
+
+def seen(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.view(torch.uint8) for tensor in tensors]
+
+
+def product(plan: Plan, form: Form, factors: list[tuple[Tensor, Tensor]], tops: Any) -> tuple[list[Any], list[Tensor]]:
+    """(what there is to pack, the memory it goes to) of one product, not packed yet."""
+    weight = lowrank.storage(plan, form, DEVICE)[: plan.n, : plan.k]
+    weight.view(torch.uint8).zero_()
+    if not form.float8:
+        made = Wide(plan, form, weight, factors, packed=True)
+        return [made.columns()], [made.whole]
+    scale, small = torch.rand(1, device=DEVICE) + 0.1, [skinny(plan, form, DEVICE, way) for way in (0, 1)]
+    scratch = Scratch(plan, form, DEVICE)
+    operand = Float8(plan, form, weight, scale, factors, tops, scratch, scratch.turned(), packed=small)
+    ways = [operand.columns(0), operand.columns(1)]
+    held = [t for one in small for t in (one.rows, one.scale, one.factor)]
+    return ways, [lowrank._whole(weight, plan, form), scratch.turned(), *held]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=NAMES)
+def test_together_is_one_by_one(form: Form) -> None:
+    """To the bit: other shapes, ranks and parts side by side; also after the adapters have changed."""
+    factors = [
+        [
+            (torch.randn(p.rank, p.k, device=DEVICE), torch.randn(s.stop - s.start, p.rank, device=DEVICE))
+            for s in p.spans
+        ]
+        for p in PLANS
+    ]
+    tops = Tops([one for some in factors for pair in some for one in pair])
+    found = iter(tops.values.unbind())
+    of_each = [[(next(found), next(found)) for _ in some] for some in factors]
+    made = [product(plan, form, some, top) for plan, some, top in zip(PLANS, factors, of_each, strict=True)]
+    columns, memory = [one for ways, _ in made for one in ways], [held for _, some in made for held in some]
+    together, before = Packs(columns), [tensor.clone() for tensor in memory]
+    for spread in (1.0, 0.01, 30.0):
+        for some in factors:
+            for pair in some:
+                for one in pair:
+                    one.normal_(0, spread)
+        tops.find()
+        expected_tops = [one.abs().max() for some in factors for pair in some for one in pair]
+        assert torch.equal(tops.values, torch.stack(expected_tops))
+        together.pack()
+        found_there = [tensor.clone() for tensor in memory]
+        for tensor, empty in zip(seen(memory), seen(before), strict=True):
+            tensor.copy_(empty)
+        for one in columns:
+            one.pack()
+        assert all(map(torch.equal, seen(found_there), seen(memory)))
+        assert sum(int(tensor.count_nonzero()) for tensor in seen(memory)) > 1000
+
+
+def made(form: Form, recompute: fast.Recompute) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(LlamaConfig.from_dict(SHAPE), dtype=form.dtype, device=torch.device("meta"))
+    lora.install(model, adapters(r=4))
+    fast.install(model, form, recompute)
+    fast.allocate(model, DEVICE)
+    return filled(model, DEVICE)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("form", FORMS, ids=NAMES)
+def test_a_model_packs_once_a_forward(form: Form, recompute: fast.Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the losses and gradients of a model whose products pack for themselves, step after step."""
+    ours, calls = made(form, recompute), [0]
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "_packable", lambda adapters: False)
+        theirs = made(form, recompute)
+        expected = steps(theirs)
+    real = packs.triton_kernels.pack_all
+
+    def counted(*arguments: Any) -> None:
+        calls[0] += 1
+        real(*arguments)
+
+    monkeypatch.setattr(packs.triton_kernels, "pack_all", counted)
+    for name in ("pack16", *(("pack8",) if recompute == "none" else ())):
+        monkeypatch.setattr(packs.triton_kernels, name, lambda *_: pytest.fail("packed by itself"))
+    for (loss, gradients), (their_loss, their_gradients) in zip(steps(ours), expected, strict=True):
+        assert loss == pytest.approx(their_loss, rel=0 if DEVICE.type == "cpu" else 1e-3)
+        for name, gradient in gradients.items():
+            if DEVICE.type == "cpu":
+                assert torch.equal(gradient, their_gradients[name]), name
+            else:  # attention's backward adds up in any order
+                one, other = gradient.flatten().float(), their_gradients[name].flatten().float()
+                assert torch.cosine_similarity(one, other, 0) > 0.98, name
+    assert calls == [3]
+
+
+def steps(model: LlamaForCausalLM) -> list[tuple[float, dict[str, Tensor]]]:
+    """Three of them; before the third the adapters move to other memory."""
+    found = []
+    for step in range(3):
+        if step == 2:
+            for parameter in learning(model):
+                parameter.data = parameter.data.clone()
+        loss, gradients = run(model, batch().to(DEVICE))
+        found.append((loss.item(), {name: gradient.clone() for name, gradient in gradients.items()}))
+        with torch.no_grad():
+            for parameter in learning(model):
+                assert parameter.grad is not None
+                parameter.sub_(0.1 * parameter.grad.sign() * parameter.abs().mean())
+                parameter.grad = None
+    return found
+
+
+def learning(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
