@@ -57,9 +57,10 @@ def product(plan: Plan, form: Form, factors: list[tuple[Tensor, Tensor]], tops: 
     scale, small = torch.rand(1, device=DEVICE) + 0.1, [skinny(plan, form, DEVICE, way) for way in (0, 1)]
     scratch = Scratch(plan, form, DEVICE)
     operand = Float8(plan, form, weight, scale, factors, tops, scratch, scratch.turned(), packed=small)
-    ways = [operand.columns(0), operand.columns(1)]
+    operand.pack()
+    wholes = operand.whole, scratch.turned()
     held = [t for one in small for t in (one.rows, one.scale, one.factor)]
-    return ways, [lowrank._whole(weight, plan, form), scratch.turned(), *held]
+    return [operand.columns(way, whole) for way, whole in enumerate(wholes)], [*wholes, *held]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=NAMES)

@@ -237,23 +237,20 @@ class Float8:
         """Put s B beside W: what `forward` needs of `down` for rows whose columns are filled."""
         self.whole = _whole(self.weight, self.plan, self.form)
         if self.packed[0] is None:
-            self.columns(0).pack()
+            self.columns(0, self.whole).pack()
 
-    def columns(self, way: int) -> Columns8:
-        """The adapters, and where they go in the forward (0) or the backward (1)."""
+    def columns(self, way: int, whole: Tensor) -> Columns8:
+        """The adapters, and where they go in the forward (0) or the backward (1): into `whole`, W or W^T with room."""
         plan = self.plan
         if way == 0:
             pairs, tops = [(b, a) for a, b in self.adapters], [(b, a) for a, b in self.tops]
             places = [Place8(span.start, 0, span.column) for span in plan.spans]
-            whole, values, scales = _whole(self.weight, plan, self.form), plan.k, (plan.scale, 1.0)
+            values, scales = plan.k, (plan.scale, 1.0)
         else:
             pairs, tops = [(a.t(), b.t()) for a, b in self.adapters], list(self.tops)
             places = [Place8(0, span.start, span.column) for span in plan.spans]
-            whole, values, scales = self._turned(), plan.n, (1.0, plan.scale)
+            values, scales = plan.n, (1.0, plan.scale)
         return Columns8(whole, self._small(way), pairs, tops, scales, self.scale, places, values)
-
-    def _turned(self) -> Tensor:
-        return self.scratch.turned() if self.transposed is None else self.transposed
 
     def _small(self, way: int) -> Skinny:
         return self.packed[way] or self.scratch.skinny[way]
@@ -264,11 +261,13 @@ class Float8:
 
     def up(self, dy: Rows) -> Tensor:
         """dy s B [T, C] in the compute dtype; fills dy's own columns."""
-        self.whole = self._turned()
         if self.transposed is None:
+            self.whole = self.scratch.turned()
             transpose(self.weight.detach(), self.whole)
+        else:
+            self.whole = self.transposed
         if self.packed[1] is None:
-            self.columns(1).pack()
+            self.columns(1, self.whole).pack()
         self.dh = self._skinny(dy, 1)
         return self.dh
 

@@ -133,7 +133,9 @@ def _columns8(shared: Shared, layer: Any, i: int, pairs: _Pairs, tops: _Pairs) -
     weight, scale, turned = linear.matrix(), cast(Tensor, linear.weight_scale), layer.fast.turned(i, linear)
     small = [skinny(plan, form, weight.device, way) if way == 0 or turned is not None else None for way in (0, 1)]
     operand = Float8(plan, form, weight, scale, pairs, tops, layer.fast.scratch(plan, scale), turned, packed=small)
-    return small, [operand.columns(way) for way in (0, 1) if small[way] is not None]
+    operand.pack()
+    wholes = enumerate((operand.whole, turned))
+    return small, [operand.columns(way, whole) for way, whole in wholes if whole is not None]
 
 
 def _packable(adapters: Sequence[Tensor]) -> bool:

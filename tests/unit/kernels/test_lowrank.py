@@ -34,8 +34,11 @@ class Errors:
     grown: float
 
 
-def products(of_a: float, of_b: float, seed: int = 0, big: int = 0) -> Errors:
-    """One layer forward and backward with A and B of such spreads; `big` tokens are a hundred times the others."""
+def products(of_a: float, of_b: float, seed: int = 0, big: int = 0, gathered: bool = False) -> Errors:
+    """One layer forward and backward with A and B of such spreads; `big` tokens are a hundred times the others.
+
+    A `gathered` weight comes without room for the adapters.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, spread: float = 1.0) -> Tensor:
@@ -46,7 +49,8 @@ def products(of_a: float, of_b: float, seed: int = 0, big: int = 0) -> Errors:
     whole[:, :K].view(torch.uint8).copy_(numbers.view(torch.uint8))
     pairs = [(normal(RANK, K, spread=of_a), normal(s.stop - s.start, RANK, spread=of_b)) for s in PLAN.spans]
     tops = [(a.abs().max(), b.abs().max()) for a, b in pairs]
-    operand = Float8(PLAN, FORM, whole[:, :K], one.expand(N), pairs, tops, Scratch(PLAN, FORM, CPU), None)
+    weight = whole[:, :K].clone() if gathered else whole[:, :K]
+    operand = Float8(PLAN, FORM, weight, one.expand(N), pairs, tops, Scratch(PLAN, FORM, CPU), None)
     sizes = torch.ones(TOKENS, 1)
     sizes[:big] = 100.0
     x, dy = rows.copy(normal(TOKENS, K) * sizes, FORM, PLAN.columns), rows.copy(normal(TOKENS, N), FORM, PLAN.columns)
@@ -67,6 +71,11 @@ def products(of_a: float, of_b: float, seed: int = 0, big: int = 0) -> Errors:
         gradients += [up.t() @ x64, SCALE * dy64[:, span.start : span.stop].t() @ down]
     found = [error(ours, exact) for ours, exact in zip(sums.sums([PLAN]), gradients, strict=True)]
     return Errors(error(y, y64), error(dx, dx64), found, (x.scale / scale).max().item())
+
+
+def test_a_weight_without_room_gives_the_same() -> None:
+    assert products(0.05, 0.01, gathered=True) == products(0.05, 0.01)
+    assert products(0.05, 0.01).output < 0.01
 
 
 def exact(x: Rows) -> Tensor:
