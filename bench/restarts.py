@@ -95,6 +95,19 @@ class Run:
         """The steps that it went on from."""
         return [int(n) for n in re.findall(r"goes on from .*, after step (\d+)", self.said.read_text(encoding="utf-8"))]
 
+    def last_before(self, resumed: int, seconds: float = 30) -> int | None:
+        """Wait until it has gone on so many times; the last step there was before that. None: it does not.
+
+        A worker that is left may still write down the step in which the other died.
+        """
+        until, last = time.monotonic() + seconds, self.step()
+        while len(self.resumed_after()) < resumed:
+            if self.process.poll() is not None or time.monotonic() > until:
+                return None
+            time.sleep(0.005)
+            last = max(last, self.step())
+        return last
+
 
 def _children(pid: int) -> list[int]:
     try:
@@ -133,8 +146,8 @@ def recovery(folder: Path, kills: int) -> Recovery:
             victim = run.workers()[chance.randrange(2)]
             os.kill(victim, signal.SIGKILL)
             began = time.monotonic()
-            before = run.step()
-            if not run.wait_for(before + 1, 30):
+            before = run.last_before(number + 1)
+            if before is None or not run.wait_for(before + 1, 30):
                 break
             found.seconds.append(time.monotonic() - began)
             found.twice.append(before - run.resumed_after()[number])
