@@ -124,7 +124,10 @@ def _size(part: Tensor) -> int:
 
 
 def _lock(memory: Tensor) -> None:
-    """Let the device write into it directly; where the system does not allow that, copies work and are waited for."""
+    """Let the device write into it directly, as long as this very tensor lives: views of it do not keep the lock.
+
+    Where the system does not allow that, copies work and are waited for.
+    """
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) != 0:
         log.once("host memory for checkpoints could not be page-locked (see ulimit -l): copies to it are slower")
