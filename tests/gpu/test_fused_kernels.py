@@ -22,7 +22,7 @@ from packtrain.kernels.dropped import Drop
 from packtrain.kernels.loss import linear_cross_entropy
 from packtrain.kernels.lowrank import Float8, Plan, Scratch, Span, Wide
 from packtrain.kernels.random import dropout, number
-from packtrain.kernels.rows import Form, Rows
+from packtrain.kernels.rows import Form, Raw, Rows
 from packtrain.train.flops import Count
 
 INTERPRETED = rows.HAS_TRITON and rows.INTERPRETED
@@ -88,7 +88,8 @@ def within(form: Form) -> float:
 
 @pytest.mark.parametrize("form", FORMS, ids=NAMES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_rows(form: Form, size: tuple[int, ...], plain: Any) -> None:
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "rows with scales"])
+def test_rows(form: Form, size: tuple[int, ...], scaled: bool, plain: Any) -> None:
     count, width, features, heads, key_heads, head = size
     x, delta, dy = normal(count, width, spread=3), normal(count, width), normal(count, width)
     weight = torch.rand(width, device=DEVICE).to(DTYPE) + 0.5
@@ -96,20 +97,25 @@ def test_rows(form: Form, size: tuple[int, ...], plain: Any) -> None:
     qkv = normal(count, (heads + 2 * key_heads) * head)
     cos, sin = torch.rand(2, count, head // 2, device=DEVICE).to(DTYPE)
     index = torch.randperm(count, device=DEVICE)[: count // 2]
+    scales = [torch.rand(count, device=DEVICE) + 0.5 if scaled else None for _ in range(4)]
+
+    def raw(values: Tensor, place: int) -> Raw:
+        return Raw(values, scales[place])
 
     def everything() -> list[Tensor | Rows | None]:
         made: list[Tensor | Rows | None] = []
         for second, some in ((None, None), (delta, None), (delta, index), (None, index)):
-            made += rows.add_norm(x, second, weight, 1e-5, form, 48, some)
-        z, rstd, _ = rows.add_norm(x, delta, weight, 1e-5, form, 48)
+            change = None if second is None else raw(second, 0)
+            made += rows.add_norm(x, change, weight, 1e-5, form, 48, some)
+        z, rstd, _ = rows.add_norm(x, raw(delta, 0), weight, 1e-5, form, 48)
         for residual in (None, delta):
             for learns in (False, True):
                 weight.requires_grad_(learns)
-                made += rows.norm_backward(dy, z, weight, rstd, residual, form, 16)
+                made += rows.norm_backward(raw(dy, 1), z, weight, rstd, residual, form, 16)
                 half = dy[: len(index)].contiguous()
                 made += rows.norm_backward_at(half, z[index], weight, rstd[index], index, count)
-        made += [rows.copy(x, form, 16), rows.silu_mul(gate_up, form, 16)]
-        made.append(rows.silu_mul_backward(gate_up, gradient, form, 32))
+        made += [rows.copy(x, form, 16), rows.silu_mul(raw(gate_up, 2), form, 16)]
+        made.append(rows.silu_mul_backward(raw(gate_up, 2), raw(gradient, 3), form, 32))
         turned = qkv.clone()
         rows.rope_(turned, cos, sin, heads + key_heads)
         made += [turned, rows.rope_backward(qkv, cos, sin, heads + key_heads, form, 48)]
@@ -174,8 +180,8 @@ def test_products_and_gradients(form: Form, spans: Any, spreads: tuple[float, fl
     x64, dy64 = exact(x), exact(dy)
     before = Rows(dy.data.clone(), None if dy.scale is None else dy.scale.clone(), dy.columns)
 
-    h, y = operand.down(x), operand.forward(x)
-    dh, dx = operand.up(dy), operand.backward(dy)
+    h, y, raw_y = operand.down(x), operand.forward(x), operand.raw_forward(x)
+    dh, dx, raw_dx = operand.up(dy), operand.backward(dy), operand.raw_backward(dy)
     expected_y, expected_dx = x64 @ base.t(), dy64 @ base
     halves = 0.02 if INTERPRETED and form.float8 else 8e-3
     gradients: list[Tensor] = []
@@ -189,6 +195,9 @@ def test_products_and_gradients(form: Form, spans: Any, spreads: tuple[float, fl
         gradients += [up.t() @ x64, scale * dy64[:, span.start : span.stop].t() @ down]
     near(y, expected_y, halves)
     near(dx, expected_dx, halves)
+    near(raw_y.exact(), expected_y, halves)
+    near(raw_dx.exact(), expected_dx, halves)
+    assert (raw_y.scale is not None) == (raw_dx.scale is not None) == form.float8
     found = [summed(plan, x, h, before, dh) for _ in range(2)]
     for once, again, expected in zip(*found, gradients, strict=True):
         near(once, expected, halves)

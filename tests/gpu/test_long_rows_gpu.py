@@ -22,7 +22,7 @@ from packtrain.kernels import adapter_gradients, attend, dropped, rows
 from packtrain.kernels.attention import prepared
 from packtrain.kernels.dropped import Drop
 from packtrain.kernels.random import dropout
-from packtrain.kernels.rows import Form, Rows
+from packtrain.kernels.rows import Form, Raw, Rows
 from packtrain.model import fast, long_rows, offload
 from packtrain.model.llama import LlamaConfig, LlamaForCausalLM, blocks
 from packtrain.optim import Optimizer
@@ -97,18 +97,21 @@ def test_row_kernels_reach_beyond_2_31(form: Form, wide: Tensor) -> None:
     many, few = (rows.rope_backward(x, c, s, 40, form, 48) for x, c, s in ((wide, cos, sin), (end, *last)))
     same("rope_backward", (many.values, few.values))
     del many
-    found, expected = (rows.add_norm(x, x, weight, 1e-5, form, 48) for x in (wide, end))
+    found, expected = (rows.add_norm(x, Raw(x), weight, 1e-5, form, 48) for x in (wide, end))
     same("add_norm", (found[0], expected[0]), (found[1], expected[1]), (found[2].values, expected[2].values))
     del found
     rstd = torch.rand(MANY, device=CUDA)
     found, expected = (
-        rows.norm_backward(x, x, weight, r, x, form, 48) for x, r in ((wide, rstd), (end, rstd[-LAST:].contiguous()))
+        rows.norm_backward(Raw(x), x, weight, r, x, form, 48)
+        for x, r in ((wide, rstd), (end, rstd[-LAST:].contiguous()))
     )
     same("norm_backward", (found[0], expected[0]), (found[1].values, expected[1].values))
     del found
-    gated, alone = rows.silu_mul(wide, form, 48), rows.silu_mul(end, form, 48)
+    gated, alone = rows.silu_mul(Raw(wide), form, 48), rows.silu_mul(Raw(end), form, 48)
     same("silu_mul", (gated.values, alone.values))
-    found, expected = (rows.silu_mul_backward(x, x[:, : WIDTH // 2].contiguous(), form, 48) for x in (wide, end))
+    found, expected = (
+        rows.silu_mul_backward(Raw(x), Raw(x[:, : WIDTH // 2].contiguous()), form, 48) for x in (wide, end)
+    )
     same("silu_mul_backward", (found.values, expected.values))
 
 

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from packtrain.kernels import dropped, float8
 from packtrain.kernels.packs import Columns8, Columns16, Pairs, Place8, Place16, Skinny
-from packtrain.kernels.rows import RUNS_TRITON, Form, Rows, by_triton
+from packtrain.kernels.rows import RUNS_TRITON, Form, Raw, Rows, by_triton
 
 if RUNS_TRITON:
     from packtrain.kernels import lowrank_triton as triton_kernels
@@ -155,6 +155,10 @@ class Wide:
         width = plan.k + plan.columns
         return x.data[:, :width] @ self.whole[: plan.n, :width].t()
 
+    def raw_forward(self, x: Rows) -> Raw:
+        """As `Float8.raw_forward`: there are no scales."""
+        return Raw(self.forward(x))
+
     def up(self, dy: Rows) -> Tensor:
         """dy s B [T, C], a view of dy's own columns, which it fills."""
         plan = self.plan
@@ -171,6 +175,10 @@ class Wide:
         rows = plan.n + plan.columns
         return dy.data[:, :rows] @ self.whole[:rows, : plan.k]
 
+    def raw_backward(self, dy: Rows) -> Raw:
+        """As `Float8.raw_backward`."""
+        return Raw(self.backward(dy))
+
 
 class Scratch:
     """Memory that float8 layers of one plan share, zero where nobody writes."""
@@ -179,7 +187,7 @@ class Scratch:
         self.transposed: Tensor | None = None
         self.shape = plan.k, form.width(plan.n, plan.columns)
         self.skinny = skinny(plan, form, device, 0), skinny(plan, form, device, 1)
-        self.ones = torch.ones(0, device=device)
+        self.ones, self.one = torch.ones(0, device=device), torch.ones(1, device=device)
         self.device = device
 
     def ones_like(self, scale: Tensor) -> Tensor:
@@ -259,6 +267,10 @@ class Float8:
         """x W^T + s h B^T [T, n]; `down` comes first."""
         return self._product(x, self.whole)
 
+    def raw_forward(self, x: Rows) -> Raw:
+        """The same with the rows' scale still to come."""
+        return self._raw(x, self.whole)
+
     def up(self, dy: Rows) -> Tensor:
         """dy s B [T, C] in the compute dtype; fills dy's own columns."""
         if self.transposed is None:
@@ -277,6 +289,14 @@ class Float8:
         if self.drop is not None:
             dropped.add_up(dx, self.dh, [a for a, _ in self.adapters], self.drop)
         return dx
+
+    def raw_backward(self, dy: Rows) -> Raw:
+        """The same with the rows' scale still to come, unless something was added."""
+        return self._raw(dy, self.whole) if self.drop is None else Raw(self.backward(dy))
+
+    def _raw(self, x: Rows, matrix: Tensor) -> Raw:
+        made = float8.raw_product(x.data, matrix, self.scratch.one, self.scale[:1], self.form.dtype)
+        return Raw(made, x.scale)
 
     def _product(self, x: Rows, matrix: Tensor) -> Tensor:
         assert x.scale is not None

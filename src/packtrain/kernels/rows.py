@@ -1,6 +1,7 @@
 """Operations on a token's row, each one kernel on a GPU: what stands between a layer's products.
 
     Rows                                   rows that a product takes: values, then room for an adapter's columns
+    Raw                                    what a product gives, its rows' scale still to come
     add_norm, norm_backward                residual + RMS norm
     copy                                   any rows as `Rows`
     silu_mul, silu_mul_backward            SwiGLU's gate
@@ -15,7 +16,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,13 +90,28 @@ class Rows:
         self.values.copy_(numbers)
 
 
+class Raw(NamedTuple):
+    """What a product gives, [T, N]: a value is its number times the row's scale, if there is one, fp32 [T].
+
+    Whoever reads it multiplies, in a kernel that is there anyway: a product without scales of rows is faster.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+
+    def exact(self) -> Tensor:
+        """The values in fp32."""
+        values = self.values.float()
+        return values if self.scale is None else values * self.scale[:, None]
+
+
 def _scale_or(rows: Rows, other: Tensor) -> Tensor:
     return other if rows.scale is None else rows.scale
 
 
 def add_norm(
     x: Tensor,
-    delta: Tensor | None,
+    delta: Raw | None,
     weight: Tensor,
     eps: float,
     form: Form,
@@ -106,6 +122,7 @@ def add_norm(
 
     x and delta [T, D]. With `index` int64 [N] only those rows, in that order. Returns z [N, D], 1 / rms fp32 [N], rows.
     """
+    change, change_scale = (None, None) if delta is None else delta
     if delta is None and index is not None:
         x, index = x.index_select(0, index), None
     count, width = x.shape[0] if index is None else index.shape[0], x.shape[1]
@@ -113,11 +130,11 @@ def add_norm(
     rstd = torch.empty(count, dtype=torch.float32, device=x.device)
     z = x if delta is None else torch.empty(count, width, dtype=x.dtype, device=x.device)
     if by_triton(x):
-        triton_rows.add_norm(x, delta, weight, index, eps, z, rstd, rows.data, _scale_or(rows, rstd))
+        triton_rows.add_norm(x, change, change_scale, weight, index, eps, z, rstd, rows.data, _scale_or(rows, rstd))
         return z, rstd, rows
     if delta is not None:
-        first, second = (t if index is None else t.index_select(0, index) for t in (x, delta))
-        z.copy_(first.float() + second.float())
+        first, second = (t if index is None else t.index_select(0, index) for t in (x.float(), delta.exact()))
+        z.copy_(first + second)
     wide = z.float()
     torch.rsqrt(wide.square().mean(1).add_(eps), out=rstd)
     rows.put(wide * rstd[:, None] * weight.float())
@@ -125,7 +142,7 @@ def add_norm(
 
 
 def norm_backward(
-    dy: Tensor,
+    dy: Raw,
     z: Tensor,
     weight: Tensor,
     rstd: Tensor,
@@ -143,14 +160,14 @@ def norm_backward(
     if by_triton(z):
         numbers = rows.data if form.float8 else None
         scale = _scale_or(rows, rstd)
-        return dz, rows, triton_rows.norm_backward(dy, z, weight, rstd, residual, None, dz, numbers, scale, learns)
-    exact = _norm_gradient(dy, z, weight, rstd)
+        return dz, rows, triton_rows.norm_backward(*dy, z, weight, rstd, residual, None, dz, numbers, scale, learns)
+    exact = _norm_gradient(dy.exact(), z, weight, rstd)
     if residual is not None:
         exact += residual.float()
     dz.copy_(exact)
     if form.float8:
         rows.put(exact)
-    return dz, rows, _norm_weight_gradient(dy, z, rstd) if learns else None
+    return dz, rows, _norm_weight_gradient(dy.exact(), z, rstd) if learns else None
 
 
 def norm_backward_at(
@@ -160,7 +177,7 @@ def norm_backward_at(
     dz = torch.zeros(count, z.shape[1], dtype=z.dtype, device=z.device)
     learns = weight.requires_grad
     if by_triton(z):
-        return dz, triton_rows.norm_backward(dy, z, weight, rstd, None, index, dz, None, rstd, learns)
+        return dz, triton_rows.norm_backward(dy, None, z, weight, rstd, None, index, dz, None, rstd, learns)
     dz.index_copy_(0, index, _norm_gradient(dy, z, weight, rstd).to(z.dtype))
     return dz, _norm_weight_gradient(dy, z, rstd) if learns else None
 
@@ -184,27 +201,28 @@ def copy(x: Tensor, form: Form, columns: int) -> Rows:
     return rows
 
 
-def silu_mul(gate_up: Tensor, form: Form, columns: int) -> Rows:
+def silu_mul(gate_up: Raw, form: Form, columns: int) -> Rows:
     """silu(gate) * up of [T, 2 F] contiguous -> rows of F."""
-    count, width = gate_up.shape
-    rows = form.empty(gate_up, count, width // 2, columns)
-    if by_triton(gate_up):
-        triton_rows.silu_mul(gate_up, rows.data, _scale_or(rows, gate_up))
+    values = gate_up.values
+    count, width = values.shape
+    rows = form.empty(values, count, width // 2, columns)
+    if by_triton(values):
+        triton_rows.silu_mul(*gate_up, rows.data, _scale_or(rows, values))
     else:
-        gate, up = gate_up.float().chunk(2, 1)
+        gate, up = gate_up.exact().chunk(2, 1)
         rows.put(gate * torch.sigmoid(gate) * up)
     return rows
 
 
-def silu_mul_backward(gate_up: Tensor, gradient: Tensor, form: Form, columns: int) -> Rows:
+def silu_mul_backward(gate_up: Raw, gradient: Raw, form: Form, columns: int) -> Rows:
     """From the gradient [T, F] of `silu_mul`, contiguous -> that of gate_up, as rows of 2 F."""
-    count, width = gate_up.shape
-    rows = form.empty(gate_up, count, width, columns)
-    if by_triton(gate_up):
-        triton_rows.silu_mul_backward(gate_up, gradient, rows.data, _scale_or(rows, gate_up))
+    count, width = gate_up.values.shape
+    rows = form.empty(gate_up.values, count, width, columns)
+    if by_triton(gate_up.values):
+        triton_rows.silu_mul_backward(*gate_up, *gradient, rows.data, _scale_or(rows, gate_up.values))
         return rows
-    gate, up = gate_up.float().chunk(2, 1)
-    d, sigmoid = gradient.float(), torch.sigmoid(gate)
+    gate, up = gate_up.exact().chunk(2, 1)
+    d, sigmoid = gradient.exact(), torch.sigmoid(gate)
     rows.put(torch.cat([d * up * sigmoid * (1 + gate * (1 - sigmoid)), d * gate * sigmoid], 1))
     return rows
 

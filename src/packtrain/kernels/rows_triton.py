@@ -48,8 +48,9 @@ def _store_row(q, s, row, c, value, m, at, K, ld, top, FLOAT8: tl.constexpr, PAD
 
 @triton.jit
 def _add_norm(
-    x, delta, w, index, z, rstd, q, s, D, ldx, ldd, ld, eps,
-    ADD: tl.constexpr, INDEXED: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr,
+    x, delta, ds, w, index, z, rstd, q, s, D, ldx, ldd, ld, eps,
+    ADD: tl.constexpr, SCALED: tl.constexpr, INDEXED: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr,
+    PAD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     source = row
@@ -59,7 +60,10 @@ def _add_norm(
     m = c < D
     a = tl.load(x + source * ldx + c, mask=m, other=0.0).to(tl.float32)
     if ADD:
-        a += tl.load(delta + source * ldd + c, mask=m, other=0.0).to(tl.float32)
+        change = tl.load(delta + source * ldd + c, mask=m, other=0.0).to(tl.float32)
+        if SCALED:
+            change *= tl.load(ds + source)
+        a += change
         rounded = a.to(z.dtype.element_ty)
         tl.store(z + row * D + c, rounded, mask=m)
         a = rounded.to(tl.float32)
@@ -71,9 +75,9 @@ def _add_norm(
 
 @triton.jit
 def _norm_backward(
-    dy, z, w, rstd, residual, index, dz, q, s, partial, T, D, lddy, ldr, lddz, ld,
-    RESIDUAL: tl.constexpr, INDEXED: tl.constexpr, FLOAT8: tl.constexpr, LEARNS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, PAD: tl.constexpr,
+    dy, ds, z, w, rstd, residual, index, dz, q, s, partial, T, D, lddy, ldr, lddz, ld,
+    SCALED: tl.constexpr, RESIDUAL: tl.constexpr, INDEXED: tl.constexpr, FLOAT8: tl.constexpr, LEARNS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     c = tl.arange(0, BLOCK)
     m = c < D
@@ -84,6 +88,8 @@ def _norm_backward(
         row = tl.cast(i, tl.int64)
         r = tl.load(rstd + row)
         g = tl.load(dy + row * lddy + c, mask=m, other=0.0).to(tl.float32)
+        if SCALED:
+            g *= tl.load(ds + row)
         unit = tl.load(z + row * D + c, mask=m, other=0.0).to(tl.float32) * r
         if LEARNS:
             summed += g * unit
@@ -111,19 +117,28 @@ def _copy(x, q, s, K, ldx, ld, FLOAT8: tl.constexpr, BLOCK: tl.constexpr, PAD: t
 
 
 @triton.jit
-def _silu_mul(gate_up, q, s, F, ld, FLOAT8: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr):
+def _silu_mul(
+    gate_up, gs, q, s, F, ld, SCALED: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = c < F
     at = gate_up + row * 2 * F
     g = tl.load(at + c, mask=m, other=0.0).to(tl.float32)
     u = tl.load(at + F + c, mask=m, other=0.0).to(tl.float32)
+    if SCALED:
+        scale = tl.load(gs + row)
+        g *= scale
+        u *= scale
     a = g * tl.sigmoid(g) * u
     _store_row(q, s, row, c, a, m, 0, F, ld, tl.max(tl.abs(a), 0), FLOAT8, PAD)
 
 
 @triton.jit
-def _silu_mul_backward(gate_up, da, q, s, F, ld, FLOAT8: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr):
+def _silu_mul_backward(
+    gate_up, gs, da, ds, q, s, F, ld,
+    SCALED: tl.constexpr, SCALED_BY: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = c < F
@@ -131,6 +146,12 @@ def _silu_mul_backward(gate_up, da, q, s, F, ld, FLOAT8: tl.constexpr, BLOCK: tl
     g = tl.load(at + c, mask=m, other=0.0).to(tl.float32)
     u = tl.load(at + F + c, mask=m, other=0.0).to(tl.float32)
     d = tl.load(da + row * F + c, mask=m, other=0.0).to(tl.float32)
+    if SCALED:
+        scale = tl.load(gs + row)
+        g *= scale
+        u *= scale
+    if SCALED_BY:
+        d *= tl.load(ds + row)
     sigmoid = tl.sigmoid(g)
     du = d * g * sigmoid
     dg = d * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
@@ -210,20 +231,22 @@ def _tiles(columns: int, width: int, float8: bool) -> tuple[int, dict[str, Any]]
 
 
 def add_norm(
-    x: Tensor, delta: Tensor | None, weight: Tensor, index: Tensor | None, eps: float,
+    x: Tensor, delta: Tensor | None, delta_scale: Tensor | None, weight: Tensor, index: Tensor | None, eps: float,
     z: Tensor, rstd: Tensor, q: Tensor, scale: Tensor,
 ) -> None:  # fmt: skip
     float8, columns = q.element_size() == 1, x.shape[1]
     launch(
-        _add_norm, (rstd.shape[0],), x, x if delta is None else delta, weight, rstd if index is None else index, z,
-        rstd, q, scale, columns, x.stride(0), 0 if delta is None else delta.stride(0), q.stride(0), eps,
-        ADD=delta is not None, INDEXED=index is not None, **_shape(columns, q.shape[1], float8),
+        _add_norm, (rstd.shape[0],), x, x if delta is None else delta, rstd if delta_scale is None else delta_scale,
+        weight, rstd if index is None else index, z, rstd, q, scale, columns, x.stride(0),
+        0 if delta is None else delta.stride(0), q.stride(0), eps,
+        ADD=delta is not None, SCALED=delta_scale is not None, INDEXED=index is not None,
+        **_shape(columns, q.shape[1], float8),
     )  # fmt: skip
 
 
 def norm_backward(
-    dy: Tensor, z: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None, index: Tensor | None,
-    dz: Tensor, q: Tensor | None, scale: Tensor, learns: bool,
+    dy: Tensor, dy_scale: Tensor | None, z: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None,
+    index: Tensor | None, dz: Tensor, q: Tensor | None, scale: Tensor, learns: bool,
 ) -> Tensor | None:  # fmt: skip
     """The gradient of the weight, fp32 [D], if it `learns`: summed over rows in parts of always the same size."""
     count, columns = z.shape
@@ -232,10 +255,10 @@ def norm_backward(
     programs = triton.cdiv(count, each)
     partial = torch.empty(programs, columns, dtype=torch.float32, device=z.device) if learns else rstd
     launch(
-        _norm_backward, (programs,), dy, z, weight, rstd, dy if residual is None else residual,
-        rstd if index is None else index, dz, rows, scale, partial, count, columns, dy.stride(0),
-        0 if residual is None else residual.stride(0), dz.stride(0), rows.stride(0),
-        RESIDUAL=residual is not None, INDEXED=index is not None, LEARNS=learns, ROWS=each,
+        _norm_backward, (programs,), dy, rstd if dy_scale is None else dy_scale, z, weight, rstd,
+        dy if residual is None else residual, rstd if index is None else index, dz, rows, scale, partial, count,
+        columns, dy.stride(0), 0 if residual is None else residual.stride(0), dz.stride(0), rows.stride(0),
+        SCALED=dy_scale is not None, RESIDUAL=residual is not None, INDEXED=index is not None, LEARNS=learns, ROWS=each,
         **_shape(columns, rows.shape[1], q is not None),
     )  # fmt: skip
     return partial.sum(0) if learns else None
@@ -246,16 +269,25 @@ def copy(x: Tensor, q: Tensor, scale: Tensor) -> None:
     launch(_copy, (x.shape[0],), x, q, scale, columns, x.stride(0), q.stride(0), **_shape(columns, q.shape[1], float8))
 
 
-def silu_mul(gate_up: Tensor, q: Tensor, scale: Tensor) -> None:
+def silu_mul(gate_up: Tensor, scaled: Tensor | None, q: Tensor, scale: Tensor) -> None:
     columns = gate_up.shape[1] // 2
     tiles, settings = _tiles(columns, q.shape[1], q.element_size() == 1)
-    launch(_silu_mul, (gate_up.shape[0], tiles), gate_up, q, scale, columns, q.stride(0), **settings)
+    launch(
+        _silu_mul, (gate_up.shape[0], tiles), gate_up, scale if scaled is None else scaled, q, scale, columns,
+        q.stride(0), SCALED=scaled is not None, **settings,
+    )  # fmt: skip
 
 
-def silu_mul_backward(gate_up: Tensor, da: Tensor, q: Tensor, scale: Tensor) -> None:
+def silu_mul_backward(
+    gate_up: Tensor, scaled: Tensor | None, da: Tensor, da_scale: Tensor | None, q: Tensor, scale: Tensor
+) -> None:
     columns = gate_up.shape[1] // 2
     tiles, settings = _tiles(columns, q.shape[1] - columns, q.element_size() == 1)
-    launch(_silu_mul_backward, (gate_up.shape[0], tiles), gate_up, da, q, scale, columns, q.stride(0), **settings)
+    launch(
+        _silu_mul_backward, (gate_up.shape[0], tiles), gate_up, scale if scaled is None else scaled, da,
+        scale if da_scale is None else da_scale, q, scale, columns, q.stride(0), SCALED=scaled is not None,
+        SCALED_BY=da_scale is not None, **settings,
+    )  # fmt: skip
 
 
 def rope_(x: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> None:

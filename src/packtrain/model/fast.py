@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from packtrain.kernels import float8, rows
 from packtrain.kernels.lowrank import Plan, Span, storage
-from packtrain.kernels.rows import Form
+from packtrain.kernels.rows import Form, Raw
 from packtrain.model.fast_layer import FastLayer, Recompute, Stream
 from packtrain.model.linear import Linear
 from packtrain.model.long_rows import LongLayer
@@ -140,7 +140,8 @@ def final_norm(stream: Stream, norm: Any, index: Tensor | None) -> Tensor:
 class _FinalNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, index: Tensor | None) -> Tensor:
-        z, rstd, y = rows.add_norm(x, delta, weight, eps, Form(x.dtype, float8=False), 0, index)
+        change = None if delta is None else Raw(delta)
+        z, rstd, y = rows.add_norm(x, change, weight, eps, Form(x.dtype, float8=False), 0, index)
         ctx.save_for_backward(z, weight, rstd, index)
         ctx.count = x.shape[0]
         return y.data
@@ -151,7 +152,7 @@ class _FinalNorm(torch.autograd.Function):
         z, weight, rstd, index = ctx.saved_tensors
         dy = dy.contiguous()
         if index is None:
-            dz, _, dweight = rows.norm_backward(dy, z, weight, rstd, None, Form(z.dtype, float8=False), 0)
+            dz, _, dweight = rows.norm_backward(Raw(dy), z, weight, rstd, None, Form(z.dtype, float8=False), 0)
         else:
             dz, dweight = rows.norm_backward_at(dy, z, weight, rstd, index, ctx.count)
         dweight = None if dweight is None else dweight.to(weight.dtype)

@@ -24,7 +24,7 @@ from packtrain.kernels.attend import Attended, attend, attend_backward
 from packtrain.kernels.dropped import Drop
 from packtrain.kernels.lowrank import Float8, Plan, Scratch, Wide, transpose
 from packtrain.kernels.operations import again
-from packtrain.kernels.rows import Form, Rows
+from packtrain.kernels.rows import Form, Raw, Rows
 from packtrain.model.kept import Kept
 from packtrain.model.linear import Linear
 from packtrain.model.shared import Shared, largest, linears, of_products
@@ -152,7 +152,8 @@ class FastLayer:
         if known is not None and known.y1 is not None:
             qkv.pack()
             return Kept(known.z1, rstd1=known.rstd1, y1=known.y1, h1=known.h1)
-        z1, rstd1, y1 = rows.add_norm(*stream, norm.weight, norm.eps, self.shared.form, qkv.plan.columns)
+        x, delta = stream[0], None if stream[1] is None else Raw(stream[1])
+        z1, rstd1, y1 = rows.add_norm(x, delta, norm.weight, norm.eps, self.shared.form, qkv.plan.columns)
         return Kept(z1, rstd1=rstd1, y1=y1, h1=qkv.down(y1))
 
     def after(self, layer: Any, operands: Operands, kept: Kept, known: Kept | None) -> Tensor | None:
@@ -161,11 +162,12 @@ class FastLayer:
         _, output, gate_up, down = operands
         kept.h_out = output.down(mixed)
         z2 = None if known is None else known.z2
-        x, delta = (kept.z1, output.forward(mixed)) if z2 is None else (z2, None)
+        x, delta = (kept.z1, output.raw_forward(mixed)) if z2 is None else (z2, None)
         kept.z2, kept.rstd2, kept.y2 = rows.add_norm(x, delta, norm.weight, norm.eps, form, gate_up.plan.columns)
         kept.h2 = gate_up.down(kept.y2)
-        kept.gate_up = gate_up.forward(kept.y2)
-        kept.gated = rows.silu_mul(kept.gate_up, form, down.plan.columns)
+        made = gate_up.raw_forward(kept.y2)
+        kept.gate_up = made.values
+        kept.gated = rows.silu_mul(made, form, down.plan.columns)
         kept.h_down = down.down(kept.gated)
         return None if known is not None else down.forward(kept.gated)
 
@@ -224,10 +226,12 @@ class FastLayer:
         dy = self.shared.take(gradients[1], down.plan.columns)
         _learn(sums, 3, down, dy, kept.gated, kept.h_down)
         kept.gated = None
-        dy = rows.silu_mul_backward(kept.gate_up, down.backward(dy), form, gate_up.plan.columns)
+        made = Raw(kept.gate_up, kept.y2.scale)  # as `after` left it
+        dy = rows.silu_mul_backward(made, down.raw_backward(dy), form, gate_up.plan.columns)
+        del made
         kept.gate_up = None
         _learn(sums, 2, gate_up, dy, kept.y2, kept.h2)
-        dx = gate_up.backward(dy)
+        dx = gate_up.raw_backward(dy)
         dz, dy, dnorm = rows.norm_backward(
             dx, kept.z2, norm.weight, kept.rstd2, gradients[0], form, output.plan.columns
         )
@@ -242,7 +246,7 @@ class FastLayer:
         _learn(sums, 0, qkv, dy, kept.y1, kept.h1)
         if not (needs_input or self.trains):
             return dz, None
-        dx, columns = qkv.backward(dy), operands[3].plan.columns
+        dx, columns = qkv.raw_backward(dy), operands[3].plan.columns
         dz, dy, dnorm = rows.norm_backward(dx, kept.z1, norm.weight, kept.rstd1, dz, shared.form, columns)
         shared.handed = dz, dy
         return dz, dnorm

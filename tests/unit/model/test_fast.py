@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -320,6 +320,26 @@ def test_the_largest_numbers_of_adapters_are_those_of_this_forward(recompute: fa
         (loss, gradients), (expected, theirs) = found
         assert torch.equal(loss, expected)
         assert all(torch.equal(gradients[name], theirs[name]) for name in theirs)
+
+
+def test_only_what_no_kernel_of_ours_reads_gets_its_rows_scales_in_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k, v, the last product of a layer, and the gradient of attention's output; and small products with A or B."""
+    calls = {"raw_product": 0, "product": 0}
+
+    def counted(name: str) -> Any:
+        exact = getattr(float8, name)
+
+        def call(*arguments: Any) -> Tensor:
+            calls[name] += 1
+            return cast(Tensor, exact(*arguments))
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(float8, name, counted(name))
+    run(made(FLOAT8), batch())
+    layers = SHAPE["num_hidden_layers"]
+    assert calls == {"raw_product": 5 * layers - 1, "product": (3 + 8) * layers}  # no gradient of the embedding
 
 
 def test_a_float8_base_takes_a_byte_a_weight_and_is_near_the_values() -> None:
