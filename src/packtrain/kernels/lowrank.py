@@ -46,6 +46,8 @@ from packtrain.kernels.rows import RUNS_TRITON, Form, Raw, Rows, by_triton
 if RUNS_TRITON:
     from packtrain.kernels import lowrank_triton as triton_kernels
 
+SHRUNK = 2.0**12
+"""Small products come out by so much smaller: of numbers up to 448 they would be beyond what fp16 holds."""
 GROWN_MOST = 512.0
 """A row's scale may grow so much: its e4m3 values, of 28 at first, then have lost 2 % of their norm."""
 
@@ -187,14 +189,8 @@ class Scratch:
         self.transposed: Tensor | None = None
         self.shape = plan.k, form.width(plan.n, plan.columns)
         self.skinny = skinny(plan, form, device, 0), skinny(plan, form, device, 1)
-        self.ones, self.one = torch.ones(0, device=device), torch.ones(1, device=device)
+        self.one, self.shrinks = torch.ones(1, device=device), torch.full((1,), 1 / SHRUNK, device=device)
         self.device = device
-
-    def ones_like(self, scale: Tensor) -> Tensor:
-        """fp32 ones of a length, made once."""
-        if self.ones.shape != scale.shape:
-            self.ones = torch.ones_like(scale)
-        return self.ones
 
     def turned(self) -> Tensor:
         """For a transposed weight, made when first asked for."""
@@ -309,18 +305,22 @@ class Float8:
         h = torch.empty(count, c, dtype=self.form.dtype, device=x.data.device)
         if c == 0:
             return h
+        unit: Tensor | None = None
         if self.drop is not None and way == 0:
             o = h.new_zeros(count, 2 * c)
             dropped.down(x, [a for a, _ in self.adapters], self.drop, o[:, :c])
         else:
-            ones = self.scratch.ones_like(x.scale)
-            o = float8.product(x.data, small.rows, ones, small.scale, self.form.dtype)
+            unit, scratch = small.scale, self.scratch
+            o = float8.raw_product(x.data, small.rows, scratch.one, scratch.shrinks, self.form.dtype)
         fills = self.drop is None or way == 0
         if by_triton(o):
             most = GROWN_MOST if way == 0 else math.inf
-            triton_kernels.split(o, x.scale, small.factor, h, x.data if fills else None, x.columns, most)
+            to = x.data if fills else None
+            triton_kernels.split(o, unit, SHRUNK, x.scale, small.factor, h, to, x.columns, most)
             return h
         exact = o[:, :c].float() + o[:, c:].float()
+        if unit is not None:
+            exact *= unit * SHRUNK
         h.copy_(exact * x.scale[:, None])
         if not fills:
             return h

@@ -14,8 +14,8 @@ from packtrain.kernels.rows_triton import launch
 
 @triton.jit
 def _split(
-    o, s, factor, h, q, K, ldq, T, most, FILLS: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BT: tl.constexpr,
-    BK: tl.constexpr,
+    o, unit, s, factor, h, q, K, ldq, T, times, most,
+    FILLS: tl.constexpr, SCALED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BT + tl.arange(0, BT)[:, None]
     c = tl.arange(0, CP)[None, :]
@@ -23,6 +23,8 @@ def _split(
     t64 = t.to(tl.int64)
     value = tl.load(o + t64 * 2 * C + c, mask=m, other=0.0).to(tl.float32)
     value += tl.load(o + t64 * 2 * C + C + c, mask=m, other=0.0).to(tl.float32)
+    if SCALED:
+        value *= tl.load(unit + c, mask=c < C, other=0.0) * times
     scale = tl.load(s + t, mask=t < T, other=0.0)
     small = value * scale
     if FILLS:
@@ -48,18 +50,21 @@ def _split(
     tl.store(h + t64 * C + c, small.to(h.dtype.element_ty), mask=m)
 
 
-def split(o: Tensor, scale: Tensor, factor: Tensor, h: Tensor, data: Tensor | None, values: int, most: float) -> None:
+def split(
+    o: Tensor, unit: Tensor | None, times: float, scale: Tensor, factor: Tensor, h: Tensor, data: Tensor | None,
+    values: int, most: float,
+) -> None:  # fmt: skip
     """h = (the two halves of o [T, 2 C], summed) * scale; over factor instead, as hi, lo, hi, into data's columns.
 
-    Rows whose columns would be beyond e4m3 get a larger scale, by a power of two, and smaller values; beyond `most`
-    times as large h is NaN.
+    With `unit` [C] o counts so many `times` it. Rows whose columns would be beyond e4m3 get a larger scale, by a power
+    of two, and smaller values; beyond `most` times as large h is NaN.
     """
     count, columns = h.shape
     to = h if data is None else data
     launch(
-        _split, (triton.cdiv(count, 32),), o, scale, factor, h, to, values, to.stride(0), count, most,
-        FILLS=data is not None, C=columns, CP=triton.next_power_of_2(columns), BT=32,
-        BK=64, num_warps=4,
+        _split, (triton.cdiv(count, 32),), o, factor if unit is None else unit, scale, factor, h, to, values,
+        to.stride(0), count, times, most, FILLS=data is not None, SCALED=unit is not None, C=columns,
+        CP=triton.next_power_of_2(columns), BT=32, BK=64, num_warps=4,
     )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ class Skinny:
 
     rows: Tensor
     scale: Tensor
-    """fp32 [2 C], a row's."""
+    """fp32 [C], of a hi row and its lo row."""
     factor: Tensor
     """fp32 [C], what the weight's columns were multiplied by and those of h are divided by."""
 
@@ -80,7 +80,7 @@ class Skinny:
     def of(cls, columns: int, width: int, device: torch.device) -> Skinny:
         """Of rows so wide; zero where nobody writes."""
         rows = torch.zeros(2 * columns, width, dtype=torch.uint8, device=device).view(float8.E4M3)
-        return cls(rows, torch.ones(2 * columns, device=device), torch.ones(columns, device=device))
+        return cls(rows, torch.ones(columns, device=device), torch.ones(columns, device=device))
 
 
 class Place8(NamedTuple):
@@ -136,8 +136,7 @@ class Columns8:
         hi, lo = float8.split(y * (self.scales[1] / top))
         for at, half in ((0, hi), (c, lo)):
             skinny.rows[at + rank.start : at + rank.stop, place.y : place.y + y.shape[1]] = half
-            skinny.scale[at + rank.start : at + rank.stop] = top
-        skinny.factor[rank] = factor
+        skinny.scale[rank], skinny.factor[rank] = top, factor
 
 
 class Tops:

@@ -101,7 +101,6 @@ def _pack8_one(
     if pid == 0:
         tl.store(factor + column + r, f + tl.zeros((RP,), tl.float32), mask=r < R)
         tl.store(pscale + column + r, top + tl.zeros((RP,), tl.float32), mask=r < R)
-        tl.store(pscale + C + column + r, top + tl.zeros((RP,), tl.float32), mask=r < R)
     if pid < tiles:
         n = pid * BLOCK + tl.arange(0, BLOCK)
         mask = (n[:, None] < N) & (r[None, :] < R)
