@@ -280,6 +280,8 @@ def _needed(
         turned = [sum(linear.weight.numel() for linear in linears(layer)) for layer in layers]
         kept = unsharded and recompute == "none"
         found += sum(turned) if kept else (1 if unsharded else 2) * max(turned, default=0)
+        head = llama.lm_head.weight
+        found += 0 if head.requires_grad else head.numel()  # turned over while the loss is made (kernels/head.py)
     return found
 
 

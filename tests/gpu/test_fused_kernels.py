@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from packtrain.kernels import adapter_gradients, dropped, float8, loss, lowrank, rows
 from packtrain.kernels.adapter_gradients import SPLITS, Gradients
 from packtrain.kernels.dropped import Drop
+from packtrain.kernels.head import Float8Head, HeadScale
 from packtrain.kernels.loss import linear_cross_entropy
 from packtrain.kernels.lowrank import Float8, Plan, Scratch, Span, Wide
 from packtrain.kernels.random import dropout, number
@@ -349,3 +350,22 @@ def test_cross_entropy(count: int, vocabulary: int, monkeypatch: pytest.MonkeyPa
             near(found, gradient, 1.5e-2)
     with torch.no_grad():
         near(linear_cross_entropy(hidden, weight, targets), expected, 1e-3)
+
+
+@pytest.mark.parametrize(("count", "vocabulary"), [(77, 1000), (300, 5003)])
+def test_the_gradient_through_a_head_in_float8(count: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several chunks; the weight's numbers are the twin's, and what is beyond the vocabulary is zero."""
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 64 * vocabulary)
+    monkeypatch.setattr(loss, "FEW", 1)
+    hidden, weight = normal(count, 64).requires_grad_(), normal(vocabulary, 64, spread=0.1)
+    targets = torch.randint(0, vocabulary, (count,), device=DEVICE)
+    scale = HeadScale()(weight)
+    made, twin = Float8Head.of(weight, scale), Float8Head.of(weight.cpu(), scale.cpu())
+    if not INTERPRETED:  # it truncates
+        assert torch.equal(made.numbers.cpu().view(torch.uint8), twin.numbers.view(torch.uint8))
+    assert not made.numbers[:, vocabulary:].float().any()
+    exact = hidden.detach().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact @ weight.double().t(), targets, reduction="sum")
+    total = linear_cross_entropy(hidden, weight, targets, scale=scale)
+    assert torch.equal(total, linear_cross_entropy(hidden.detach(), weight, targets))
+    near(torch.autograd.grad(total, hidden)[0], torch.autograd.grad(expected, exact)[0], 0.12 if INTERPRETED else 6e-2)

@@ -44,14 +44,17 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
     return hi, (x - hi.float()).to(E4M3)
 
 
-def raw_product(x: Tensor, w: Tensor, one: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x w^T * w_scale of one number, the rows of x without theirs; `one` is 1, fp32 [1]. [T, N].
+def raw_product(
+    x: Tensor, w: Tensor, one: Tensor, w_scale: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """x w^T * one * w_scale, both of one number, fp32 [1]: [T, N], in `out` if given. x's rows are without scales.
 
     On an H100 3 % faster than `product` (performance of cuBLAS, 8192 rows: 1,287 to 1,366 TFLOP/s for 1,250 to 1,330).
     """
     if x.is_cuda:
-        return torch._scaled_mm(x, w.t(), one, w_scale, out_dtype=dtype, use_fast_accum=True)
-    return ((x.float() @ w.float().t()) * w_scale).to(dtype)
+        return torch._scaled_mm(x, w.t(), one, w_scale, out_dtype=dtype, use_fast_accum=True, out=out)
+    made = ((x.float() @ w.float().t()) * (one * w_scale)).to(dtype)
+    return made if out is None else out.copy_(made)
 
 
 def product(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,8 @@ that a chunk's logits are gone before the next chunk's are made (the idea of Lig
 cross-entropy). The backward only scales those gradients. On a GPU a chunk's
 softmax, loss and gradient are one kernel in place.
 
-Products are in the weight's dtype; softmax, loss and the sums over chunks are fp32.
+Products are in the weight's dtype, but for a float8 base's gradient through the head (kernels/head.py); softmax, loss
+and the sums over chunks are fp32.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from packtrain.kernels.head import FEW, UNIT, Float8Head
 from packtrain.kernels.product import times
 from packtrain.kernels.rows import RUNS_TRITON, by_triton
 
@@ -37,17 +39,19 @@ def linear_cross_entropy(
     targets: Tensor,
     bias: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Sum over N tokens of -log softmax(hidden weight^T + bias)[target], 0-dim fp32.
 
     hidden [N, D], weight [V, D], targets int64 [N] in [0, V), bias [V]. `low_rank` is an adapter's (columns [N, r],
     B [V, r]), whose product adds to the logits: the same as columns appended to hidden and B to weight, without the
-    copy, and without a gradient of the weight when only B is trained. N = 0 gives 0, and gradients of zeros.
+    copy, and without a gradient of the weight when only B is trained. With the weight's `scale` (kernels/head.py)
+    hidden's gradient is a product in float8 where nothing else needs one. N = 0 gives 0, and gradients of zeros.
     """
     inputs = [None if t is None else t.to(weight.dtype) for t in (bias, hidden, weight, *(low_rank or ()))]
     if not torch.is_grad_enabled():
         inputs = [None if t is None else t.detach() for t in inputs]
-    return cast(Tensor, _LinearCrossEntropy.apply(targets, *inputs))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _LinearCrossEntropy.apply(scale, targets, *inputs))  # type: ignore[no-untyped-call]
 
 
 class _Product(NamedTuple):
@@ -57,6 +61,7 @@ class _Product(NamedTuple):
     weight: Tensor
     x_gradient: Tensor | None
     weight_gradient: Tensor | None  # fp32, whatever the weight is
+    head: Float8Head | None = None
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, x_needed: bool, weight_needed: bool) -> _Product:
@@ -68,8 +73,10 @@ class _Product(NamedTuple):
         )
 
     def backward(self, rows: slice, gradient: Tensor) -> None:
-        """Take in a chunk's gradient by the logits, [rows, V] in the weight's dtype."""
-        if self.x_gradient is not None:
+        """Take in a chunk's gradient by the logits, [rows, V] in the weight's dtype or as `head` has it."""
+        if self.x_gradient is not None and self.head is not None:
+            self.head.backward(gradient, self.x_gradient[rows])
+        elif self.x_gradient is not None:
             times(gradient, self.weight.t(), out=self.x_gradient[rows])
         summed = self.weight_gradient
         if summed is not None and gradient.dtype == torch.float32:
@@ -81,31 +88,28 @@ class _Product(NamedTuple):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """(targets, bias, x, weight[, columns, B]) -> loss."""
+    """(scale, targets, bias, x, weight[, columns, B]) -> loss."""
 
     @staticmethod
-    def forward(ctx: Any, targets: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        bias_needed, *needed = ctx.needs_input_grad[1:]
+    def forward(ctx: Any, scale: Tensor | None, targets: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        bias_needed, *needed = ctx.needs_input_grad[2:]
         products = list(map(_Product.of, factors[::2], factors[1::2], needed[::2], needed[1::2]))
         vocabulary, dtype = factors[1].shape[0], factors[1].dtype
         bias_gradient = torch.zeros(vocabulary, dtype=torch.float32, device=targets.device) if bias_needed else None
         loss = torch.zeros((), dtype=torch.float32, device=targets.device)
         fused = by_triton(factors[0])
-        most = min(CHUNK_LOGITS, CHUNK_LOGITS_CPU) if targets.device.type == "cpu" else CHUNK_LOGITS
-        chunk = max(1, most // vocabulary)
-        if fused and chunk >= 128:
-            # Made in 16 bits and in place; a product's tiles are of 128 rows. The weight is read once a chunk, and a
-            # gradient of it read and written, so that fewer chunks are better.
-            chunk = chunk * (8 if needed[1] else 4) // 128 * 128
+        if scale is not None and ctx.needs_input_grad[2:] == (False, True, False) and _pays(factors[0]):
+            products[0] = products[0]._replace(head=Float8Head.of(factors[1], scale))
+        head, training = products[0].head, any(ctx.needs_input_grad)
+        chunk = _chunk(targets.device, vocabulary, fused, needed[1], head is not None)
         for start in range(0, targets.shape[0], chunk):
             rows = slice(start, start + chunk)
-            training = any(ctx.needs_input_grad)
-            chunk_loss, gradient = _cross_entropy(_logits(products, bias, rows), targets[rows], training, fused)
+            chunk_loss, gradient = _cross_entropy(_logits(products, bias, rows), targets[rows], training, fused, head)
             loss += chunk_loss
             if gradient is not None:
                 if bias_gradient is not None:
                     bias_gradient += gradient.sum(0, dtype=torch.float32)
-                gradient = gradient.to(dtype)
+                gradient = gradient if head is not None else gradient.to(dtype)
                 for product in products:
                     product.backward(rows, gradient)
                 del gradient  # else it would be there beside the next chunk's
@@ -116,9 +120,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(
-            None if gradient is None else _scaled(gradient, scale, ctx.dtype) for gradient in ctx.saved_tensors
-        )
+        scaled = (None if gradient is None else _scaled(gradient, scale, ctx.dtype) for gradient in ctx.saved_tensors)
+        return None, None, *scaled
+
+
+def _pays(hidden: Tensor) -> bool:
+    return hidden.shape[0] >= (FEW if hidden.is_cuda else 1)
+
+
+def _chunk(device: torch.device, vocabulary: int, fused: bool, weight_needed: bool, by_float8: bool) -> int:
+    """Rows whose logits are made at a time."""
+    most = min(CHUNK_LOGITS, CHUNK_LOGITS_CPU) if device.type == "cpu" else CHUNK_LOGITS
+    chunk = max(1, most // vocabulary)
+    if not fused or chunk < 128:
+        return chunk
+    # Made in 16 bits and in place; a product's tiles are of 128 rows. The weight is read once a chunk, and a gradient
+    # of it read and written, so that fewer chunks are better; in float8 half as many rows are as fast.
+    return chunk * (8 if weight_needed else 2 if by_float8 else 4) // 128 * 128
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,13 +154,23 @@ def _logits(products: list[_Product], bias: Tensor | None, rows: slice) -> Tenso
     return logits
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, training: bool, fused: bool) -> tuple[Tensor, Tensor | None]:
-    """(sum of the rows' losses, gradient by the logits: softmax, less one at the target); logits are used up."""
+def _cross_entropy(
+    logits: Tensor, targets: Tensor, training: bool, fused: bool, head: Float8Head | None
+) -> tuple[Tensor, Tensor | None]:
+    """(sum of the rows' losses, gradient by the logits: softmax, less one at the target); logits are used up.
+
+    With a `head` the gradient is as that takes it.
+    """
+    small = None if head is None else head.empty(logits.shape[0])
     if fused:
         losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-        crossentropy_triton.cross_entropy(logits, targets, losses, training)
-        return losses.sum(), logits if training else None
+        crossentropy_triton.cross_entropy(logits, targets, losses, training, small, UNIT)
+        return losses.sum(), (logits if small is None else small) if training else None
     log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
     log_p_target = log_p.gather(1, targets[:, None])
     gradient = log_p.exp_().scatter_(1, targets[:, None], log_p_target.expm1()) if training else None
+    if small is not None and gradient is not None:
+        small.view(torch.uint8)[:, logits.shape[1] :] = 0
+        small[:, : logits.shape[1]] = gradient.mul_(UNIT).to(small.dtype)
+        gradient = small
     return -log_p_target.sum(), gradient

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from packtrain.kernels import float8, rows
+from packtrain.kernels.head import HeadScale
 from packtrain.kernels.lowrank import Plan, Span, storage
 from packtrain.kernels.rows import Form, Raw
 from packtrain.model.fast_layer import FastLayer, Recompute, Stream
@@ -98,7 +99,7 @@ def install(model: nn.Module, form: Form, recompute: Recompute) -> None:
             names=tuple(tuple(adapter.name for adapter in some) for some in adapters),
             dropout=max((adapter.dropout for some in adapters for adapter in some), default=0.0),
         )
-    cast(Any, model).fast_norm = final_norm
+    cast(Any, model).fast_norm, cast(Any, model).head_scale = final_norm, HeadScale() if form.float8 else None
 
 
 def _adapters(linear: Linear) -> list[Any]:

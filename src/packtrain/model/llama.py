@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from packtrain.batch import Batch
 from packtrain.kernels.attention import Kernel, attention, prepared
 from packtrain.kernels.elementwise import rms_norm, swiglu, turn
+from packtrain.kernels.head import HeadScale
 from packtrain.kernels.loss import linear_cross_entropy
 from packtrain.model.config import LlamaConfig
 from packtrain.model.linear import Linear, Piece, TiedLinear, layout
@@ -57,6 +58,8 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head = Linear(config.hidden_size, head, bias=False, dtype=dtype, device=device)
         self.fast_norm: Callable[[Any, RMSNorm, Tensor | None], Tensor] | None = None
         """The last norm of a stream as fast layers leave it (model/fast.py)."""
+        self.head_scale: HeadScale | None = None
+        """Of layers whose products are float8: the gradient through a frozen head is one too."""
 
     def forward(self, batch: Batch, logits: bool = False) -> Tensor:
         """Sum over the labelled tokens of -log p, 0-dim fp32; or, if asked, all logits [R, L, V]."""
@@ -74,14 +77,16 @@ class LlamaForCausalLM(nn.Module):
     def _loss(self, hidden: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
         """The head is not called: its weight, or what an adapter makes of it, goes into the loss kernel."""
         weight: Tensor = self.lm_head.weight
-        low_rank = None
+        low_rank = scale = None
         if "lm_head" in self.lm_head.adapters:
             adapter: Any = self.lm_head.adapters["lm_head"]
             if hasattr(adapter, "columns"):
                 low_rank = adapter.columns(hidden, keys), adapter.lora_B
             else:
                 weight = adapter.weight
-        return linear_cross_entropy(hidden, weight.to(hidden.dtype), targets, low_rank=low_rank)
+        elif self.head_scale is not None and hidden.requires_grad and not weight.requires_grad:
+            scale = self.head_scale(weight)
+        return linear_cross_entropy(hidden, weight.to(hidden.dtype), targets, low_rank=low_rank, scale=scale)
 
 
 class LlamaModel(nn.Module):

@@ -65,6 +65,8 @@ class Shortage:
             form = None if layers[0].fast is None else layers[0].fast.shared.form
             yield f"{rest} of {len(layers)} layers", kept_bytes(model, tokens, kind, form)
             vocabulary = cast(Any, model).config.vocab_size
+            if form is not None and form.float8:
+                yield "the head in float8", vocabulary * cast(Any, model).config.hidden_size
             labels = max(batch.count for batch in batches)
             yield "logits", 8 * vocabulary * min(labels, max(1, CHUNK_LOGITS // vocabulary))
 
