@@ -196,7 +196,8 @@ def _fused_form(cfg: RunConfig, model: LlamaForCausalLM, place: Place) -> Form |
     if obstacle is not None:
         log.say(f"layers: plain form ({obstacle})")
         return None
-    log.say(f"layers: fused form, products in {'float8' if wants8 else str(form.dtype).removeprefix('torch.')}")
+    said = "float8, and the gradient through a frozen head" if wants8 else str(form.dtype).removeprefix("torch.")
+    log.say(f"layers: fused form, products in {said}")
     return form
 
 

@@ -101,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if scale is not None and ctx.needs_input_grad[2:] == (False, True, False) and _pays(factors[0]):
             products[0] = products[0]._replace(head=Float8Head.of(factors[1], scale))
         head, training = products[0].head, any(ctx.needs_input_grad)
-        chunk = _chunk(targets.device, vocabulary, fused, needed[1], head is not None)
+        chunk = _chunk(targets.device, vocabulary, fused, needed[1])
         for start in range(0, targets.shape[0], chunk):
             rows = slice(start, start + chunk)
             chunk_loss, gradient = _cross_entropy(_logits(products, bias, rows), targets[rows], training, fused, head)
@@ -128,15 +128,15 @@ def _pays(hidden: Tensor) -> bool:
     return hidden.shape[0] >= (FEW if hidden.is_cuda else 1)
 
 
-def _chunk(device: torch.device, vocabulary: int, fused: bool, weight_needed: bool, by_float8: bool) -> int:
+def _chunk(device: torch.device, vocabulary: int, fused: bool, weight_needed: bool) -> int:
     """Rows whose logits are made at a time."""
     most = min(CHUNK_LOGITS, CHUNK_LOGITS_CPU) if device.type == "cpu" else CHUNK_LOGITS
     chunk = max(1, most // vocabulary)
     if not fused or chunk < 128:
         return chunk
-    # Made in 16 bits and in place; a product's tiles are of 128 rows. The weight is read once a chunk, and a gradient
-    # of it read and written, so that fewer chunks are better; in float8 half as many rows are as fast.
-    return chunk * (8 if weight_needed else 2 if by_float8 else 4) // 128 * 128
+    # Made in 16 bits and in place; a product's tiles are of 128 rows. A gradient of the weight is read and written once
+    # a chunk, so that fewer chunks are better then.
+    return chunk * (8 if weight_needed else 2) // 128 * 128
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -125,19 +125,11 @@ class Wide:
         weight: Tensor,
         adapters: Adapters,
         drop: dropped.Drop | None = None,
-        packed: bool = False,
     ) -> None:
-        """`packed`: s B and A are in their places."""
         self.plan, self.adapters, self.drop = plan, adapters, drop
         self.whole = _whole(weight, plan, form)
-        if not packed:
-            self.columns().pack()
-
-    def columns(self) -> Columns16:
-        """The adapters, and where they go."""
-        plan = self.plan
         places = [Place16(plan.n + span.column, span.start, plan.k + span.column) for span in plan.spans]
-        return Columns16(self.whole, self.adapters, places, plan.scale)
+        Columns16(self.whole, adapters, places, plan.scale).pack()
 
     def pack(self) -> None:
         """As `Float8.pack`; it is done."""

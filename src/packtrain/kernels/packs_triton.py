@@ -148,16 +148,6 @@ def _at(row, place, like):
 
 
 @triton.jit
-def _pack16_all(m, a, table, numbers, RP: tl.constexpr, BLOCK: tl.constexpr):
-    job = tl.program_id(1)
-    row = table + job * 10
-    _pack16_one(
-        _at(row, 0, m), _at(row, 1, a), _at(row, 2, a), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5),
-        tl.load(row + 6), tl.load(row + 7), tl.load(row + 8), tl.load(row + 9), tl.load(numbers + job), RP, BLOCK,
-    )  # fmt: skip
-
-
-@triton.jit
 def _pack8_all(m, x, table, numbers, RP: tl.constexpr, BLOCK: tl.constexpr):
     job = tl.program_id(1)
     row = table + job * 23
@@ -171,15 +161,15 @@ def _pack8_all(m, x, table, numbers, RP: tl.constexpr, BLOCK: tl.constexpr):
     )  # fmt: skip
 
 
-def pack_all(matrix: Tensor, adapter: Tensor, table: Tensor, numbers: Tensor, rank: int, longest: int) -> None:
-    """Each row of a table of `packs.Packs`: of e4m3 matrices what `pack8` does, else what `pack16` does.
+def pack8_all(matrix: Tensor, adapter: Tensor, table: Tensor, numbers: Tensor, rank: int, longest: int) -> None:
+    """For each row of a table of `packs.Packs` what `pack8` does.
 
     Matrices are of the kind of `matrix`, adapters of that of `adapter`; `rank` is the largest, `longest` the most rows
     and columns that the two factors of one have together.
     """
     launch(
-        _pack8_all if matrix.element_size() == 1 else _pack16_all, (triton.cdiv(longest, 128) + 1, table.shape[0]),
-        matrix, adapter, table, numbers, RP=triton.next_power_of_2(rank), BLOCK=128, num_warps=4,
+        _pack8_all, (triton.cdiv(longest, 128) + 1, table.shape[0]), matrix, adapter, table, numbers,
+        RP=triton.next_power_of_2(rank), BLOCK=128, num_warps=4,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from packtrain.kernels.operations import again
 from packtrain.kernels.rows import Form, Raw, Rows
 from packtrain.model.kept import Kept
 from packtrain.model.linear import Linear
-from packtrain.model.shared import Shared, largest, linears, of_products
+from packtrain.model.shared import Packed, Shared, largest, linears, of_products
 
 Recompute = Literal["none", "selective", "full", "offload"]
 """What a backward computes again; with offload whole layers, whose inputs wait on the host (model/offload.py)."""
@@ -93,9 +93,11 @@ class FastLayer:
         if number == 0 and not again:
             self.shared.look()
         tops: Sequence[Tensor] = ()
-        if form.float8:
-            tops = largest(adapters) if number is None else self.shared.tops[number]
-        packed = None if number is None else self.shared.packed[number]
+        packed: Sequence[Packed] | None = None
+        if form.float8 and number is not None:
+            tops, packed = self.shared.tops[number], self.shared.packed[number]
+        elif form.float8:
+            tops = largest(adapters)
         pairs, pairs_of_tops = of_products(self.plans, adapters), of_products(self.plans, tops)
         made: list[Wide | Float8] = []
         products = zip(linears(layer), self.weights(layer), self.plans, strict=True)
@@ -103,7 +105,7 @@ class FastLayer:
             dropping = self.dropout > 0 and layer.training and plan.spans
             drop = Drop(batch.keys.view(-1), self.names[i], self.dropout) if dropping else None
             if not form.float8:
-                made.append(Wide(plan, form, weight, pairs[i], drop, packed is not None))
+                made.append(Wide(plan, form, weight, pairs[i], drop))
                 continue
             scale, small = cast(Tensor, linear.weight_scale), (None, None) if packed is None else packed[i]
             scratch, turned = self.scratch(plan, scale), self.turned(i, linear)

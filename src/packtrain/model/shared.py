@@ -1,7 +1,7 @@
 """What the fast layers of a model have in common, and do together.
 
 Shared          their form, memory, and what one hands to another
-.look           before a forward's first layer: what all layers' adapters need, by one kernel for all
+.look           before a forward's first layer: what all layers' float8 adapters need, by one kernel for all
 linears         a layer's four products
 of_products     a layer's adapters, or what is known of each, product by product
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from packtrain.kernels import rows
-from packtrain.kernels.lowrank import Float8, Plan, Scratch, Wide, skinny
-from packtrain.kernels.packs import Packs, Skinny, Tops
+from packtrain.kernels.lowrank import Float8, Plan, Scratch, skinny
+from packtrain.kernels.packs import Columns8, Packs, Skinny, Tops
 from packtrain.kernels.rows import Form, Rows, by_triton
 from packtrain.model.linear import Linear
 
@@ -56,18 +56,18 @@ class Shared:
     _together: _Together | None = None
 
     def look(self) -> None:
-        """Find the largest numbers of all adapters, and pack those of weights that stay where they are."""
+        """In float8, find the largest numbers of all adapters, and pack those of weights that stay where they are."""
+        if not self.form.float8:
+            return
         learning = [layer.fast.learning(layer) for layer in self.layers]
         self._together = self._gathered(learning)
         packed = {} if self._together is None else self._together.packed
         self.packed = [packed.get(number) for number in range(len(self.layers))]
         if self._together is not None:
             self._together.pack()
-        if self.form.float8:
-            known = {} if self._together is None else self._together.tops
-            others = largest([*chain.from_iterable(some for i, some in enumerate(learning) if i not in known)])
-            found = iter(others)
-            self.tops = [known[i] if i in known else [*islice(found, len(some))] for i, some in enumerate(learning)]
+        known = {} if self._together is None else self._together.tops
+        found = iter(largest([*chain.from_iterable(some for i, some in enumerate(learning) if i not in known)]))
+        self.tops = [known[i] if i in known else [*islice(found, len(some))] for i, some in enumerate(learning)]
 
     def _gathered(self, learning: list[list[Tensor]]) -> _Together | None:
         """The layers that can be packed together: made once, and again if something has moved."""
@@ -95,41 +95,31 @@ class _Together:
 
     def __init__(self, shared: Shared, learning: Mapping[int, list[Tensor]], places: list[int]) -> None:
         self.places = places
-        self.tops: dict[int, list[Tensor]] = {}
         self.packed: dict[int, list[Packed]] = {number: [] for number in learning}
-        self._tops: Tops | None = None
-        columns: list[Any] = []
-        if shared.form.float8:
-            self._tops = Tops([*chain.from_iterable(learning.values())])
-            found = iter(self._tops.values.unbind())
-            self.tops = {number: [*islice(found, len(some))] for number, some in learning.items()}
+        self._tops = Tops([*chain.from_iterable(learning.values())])
+        found = iter(self._tops.values.unbind())
+        self.tops = {number: [*islice(found, len(some))] for number, some in learning.items()}
+        columns: list[Columns8] = []
         for number, adapters in learning.items():
             layer = shared.layers[number]
-            tops = of_products(layer.fast.plans, self.tops.get(number, ()))
+            tops = of_products(layer.fast.plans, self.tops[number])
             for i, pairs in enumerate(of_products(layer.fast.plans, adapters)):
-                form = _columns8 if shared.form.float8 else _columns16
-                small, made = form(shared, layer, i, pairs, tops[i])
+                small, made = _columns(shared.form, layer, i, pairs, tops[i])
                 self.packed[number].append(small)
                 columns += made
         self._packs = Packs(columns)
 
     def pack(self) -> None:
-        if self._tops is not None:
-            self._tops.find()
+        self._tops.find()
         self._packs.pack()
 
 
 _Pairs = list[tuple[Tensor, Tensor]]
 
 
-def _columns16(shared: Shared, layer: Any, i: int, pairs: _Pairs, _: _Pairs) -> tuple[Packed, Sequence[Any]]:
-    weight = linears(layer)[i].matrix()
-    return (None, None), [Wide(layer.fast.plans[i], shared.form, weight, pairs, packed=True).columns()]
-
-
-def _columns8(shared: Shared, layer: Any, i: int, pairs: _Pairs, tops: _Pairs) -> tuple[Packed, Sequence[Any]]:
+def _columns(form: Form, layer: Any, i: int, pairs: _Pairs, tops: _Pairs) -> tuple[Packed, list[Columns8]]:
     """The backward's too if the transposed weight is kept: one that is made for each use has no place."""
-    linear, plan, form = linears(layer)[i], layer.fast.plans[i], shared.form
+    linear, plan = linears(layer)[i], layer.fast.plans[i]
     weight, scale, turned = linear.matrix(), cast(Tensor, linear.weight_scale), layer.fast.turned(i, linear)
     small = [skinny(plan, form, weight.device, way) if way == 0 or turned is not None else None for way in (0, 1)]
     operand = Float8(plan, form, weight, scale, pairs, tops, layer.fast.scratch(plan, scale), turned, packed=small)
